@@ -1,0 +1,5 @@
+"""``python -m job``."""
+
+from job.cli import main
+
+main()

