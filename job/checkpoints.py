@@ -87,7 +87,7 @@ class Record:
             commits = tuple(
                 Commit(**{**commit, "progress": _progress(commit["progress"])}) for commit in values.pop("commits")
             )
-            return cls(**values, commits=commits, history=tuple(values.pop("history")))
+            return cls(**{**values, "commits": commits, "history": tuple(values["history"])})
         except (KeyError, TypeError) as error:
             raise InvalidData(f"{where} is not a run's record: {error}; restore it or choose another --name") from error
 

@@ -365,7 +365,7 @@ def _fill(
     fetching.download(archive, path, patience=patience, progress=progress)
     try:
         _place(whole, _from_archive(path, files), archive.url)
-    except InvalidData:
+    except (InvalidData, MissingInput):
         path.unlink()
         raise
 

@@ -217,7 +217,7 @@ def _settings(values: dict[str, Any]) -> Settings:
 
 def _import_training() -> Any:
     """Import TensorFlow, which takes seconds, and let it look for devices."""
-    from job.quiet import quiet_start
+    from job.startup import quiet_start
 
     with quiet_start():
         from job import training

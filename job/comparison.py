@@ -126,8 +126,8 @@ class RunSummary:
         """What else two runs must share for their difference to be due to the network."""
         values = self.identity.to_json()
         values |= values.pop("recipe_values")
-        fields = [(key, value) for key, value in values.items() if key not in COMPARED]
-        return (("epochs", self.planned_epochs), *fields)
+        values["epochs"] = self.planned_epochs  # the identity's is empty where the length changes nothing
+        return tuple((field, value) for field, value in values.items() if field not in COMPARED)
 
 
 def _epoch(entry: Mapping[str, Any]) -> Epoch:

@@ -165,7 +165,7 @@ def hyperparameters(config: Json) -> dict[str, bool | float | str]:
     values = {**identity.to_json(), "blocks": identity.network.blocks_text, "layers": identity.network.layers}
     values |= values.pop("recipe_values")
     values["data"] = values.pop("data_sha256")[:12]
-    return values
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _session_start(config: Json, created: float) -> Any:

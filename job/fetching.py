@@ -11,7 +11,6 @@ import fcntl
 import gzip
 import hashlib
 import http.client
-import os
 import random
 import re
 import shutil

@@ -57,6 +57,7 @@ SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 TIMEOUT_SECONDS = 10.0  # to connect, and to wait for the next bytes of an answer
 CHECK_SECONDS = 8.0  # a GKE metadata server needs up to a few seconds in a new pod
 CHUNK_BYTES = 4 << 20
+LARGEST_SINGLE_BYTES = 8 << 20  # the client's own rule: what is larger goes up in chunks
 SLOWEST_BYTES_PER_SECOND = 500_000  # an upload at this rate must not run into the time-out
 LARGEST_DELAY_SECONDS = 4.0
 CHECK_NAME = ".write-check"  # never stored
@@ -104,11 +105,11 @@ class GcsStore:
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         match = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]+[a-z0-9])(?:/(.*))?", location.rstrip("/"))
-        if match is None:
+        if match is None or not _is_visible(match[2] or "-"):
             raise UsageError(f"A bucket's location looks like gs://bucket/prefix, not {location!r}.")
         self.bucket = match[1]
         self.location = location.rstrip("/")
-        self._prefix = f"{checked_name(match[2])}/" if match[2] else ""
+        self._prefix = f"{match[2]}/" if match[2] else ""
         self._deadline_seconds = deadline_seconds
         self._timeout_seconds = timeout_seconds
         self._check_seconds = check_seconds
@@ -140,8 +141,8 @@ class GcsStore:
         thread.join(self._check_seconds)
         if not outcome:
             raise StorageFailed(
-                f"{self.location} did not answer within {self._check_seconds:g} s. Check the network, the name "
-                "service, and that credentials are available (Workload Identity's metadata server, or "
+                f"{self.location} did not answer within {self._check_seconds:g} s. Check the network, the "
+                "name service, and that credentials are available (Workload Identity's metadata server, or "
                 "`gcloud auth application-default login`)."
             )
         if isinstance(outcome[0], api.NotFound):
@@ -233,7 +234,8 @@ class GcsStore:
             entries = self._retry("list", action)
         except api.NotFound as error:
             raise self._no_bucket() from error
-        return sorted(filter(_is_ours, entries), key=lambda entry: entry.name)
+        # Consoles make placeholders for folders, whose names end with "/".
+        return sorted((entry for entry in entries if _is_visible(entry.name)), key=lambda entry: entry.name)
 
     def delete(self, name: str, version: str) -> None:
         def action(budget: Budget) -> None:
@@ -268,9 +270,7 @@ class GcsStore:
 
     def _blob(self, name: str, generation: int | None = None) -> Any:
         bucket = self._connected().bucket(self.bucket)
-        return _Blob(
-            self._prefix + checked_name(name), bucket, chunk_size=self._chunk_bytes, generation=generation
-        )
+        return _Blob(self._prefix + checked_name(name), bucket, generation=generation)
 
     def _probe(self, budget: Budget, write: bool) -> None:
         timeout = self._timeout(budget, most=self._check_seconds / 3)
@@ -341,8 +341,8 @@ class GcsStore:
         budget: Budget,
     ) -> int:
         blob = self._blob(name)
-        blob.crc32c = _encoded(checksum)
-        resumable = size > self._chunk_bytes
+        blob.crc32c, blob.chunk_size = _encoded(checksum), self._chunk_bytes
+        resumable = size > LARGEST_SINGLE_BYTES
         with source() as file:
             stream = _Source(file, budget)
             try:
@@ -351,15 +351,16 @@ class GcsStore:
                     size=size,
                     if_generation_match=generation,
                     checksum="crc32c",
-                    timeout=self._timeout(budget, payload=min(size, self._chunk_bytes)),
+                    timeout=self._timeout(budget, payload=self._chunk_bytes if resumable else size),
                     retry=self._chunk_retry(budget) if resumable else None,
                 )
             except DataCorruption as error:
                 raise _Corrupted(str(error), int(error.response.json()["generation"])) from error
-            except (api.NotFound, api.Gone, ValueError) as error:
-                if not (resumable and stream.used):
-                    raise
-                raise _SessionLost(str(error)) from error
+            except (api.GoogleAPICallError, ValueError) as error:
+                # ValueError: the client and the server disagree on how much has arrived.
+                if resumable and stream.used and getattr(error, "code", 410) in (404, 410):
+                    raise _SessionLost(str(error)) from error
+                raise
         if blob.size != size or _decoded(blob.crc32c) != checksum:
             raise _Corrupted("the server stored other bytes than were sent", int(blob.generation))
         return int(blob.generation)
@@ -371,14 +372,13 @@ class GcsStore:
             start = file.seek(0, os.SEEK_END)
             if start < blob.size:
                 self._blob(name, blob.generation).download_to_file(
-                    _Sink(file, budget),
+                    _Sink(file, path, budget),
                     start=start or None,
                     raw_download=True,
                     checksum=None,  # of a part it could not be checked
                     retry=None,
                     timeout=self._timeout(budget),
                 )
-            file.flush()
             if file.tell() < blob.size:
                 raise ConnectionError(f"the answer ended after {file.tell()} of {blob.size} bytes")
             if crc32c(path) != _decoded(blob.crc32c):
@@ -442,16 +442,17 @@ class GcsStore:
             if not budget.sleep(delay):
                 break
         raise StorageFailed(
-            f"Could not {what} {self.location}: {last or 'no time was left'}. Tried again until the time was used "
-            "up. What was committed before is intact; check the network, then run the same command again."
+            f"Could not {what} {self.location}: {last or 'no time was left'}. Tried again until the time "
+            "was used up. What was committed before is intact; check the network, then run the same command "
+            "again."
         ) from last
 
     def _final(self, what: str, error: Exception) -> JobError:
         if isinstance(error, api.Unauthorized | api.Forbidden):
             return PermissionRefused(
-                f"Not allowed to {what} {self.location}. Grant roles/storage.objectUser on gs://{self.bucket} "
-                "(roles/storage.objectViewer is enough for data) to the identity of the job: with Workload "
-                f"Identity, its Kubernetes service account. The service said: {error}"
+                f"Not allowed to {what} {self.location}. Grant roles/storage.objectUser on "
+                f"gs://{self.bucket} (roles/storage.objectViewer is enough for data) to the identity of the "
+                f"job: with Workload Identity, its Kubernetes service account. The service said: {error}"
             )
         if isinstance(error, auth.GoogleAuthError):
             return PermissionRefused(
@@ -493,21 +494,24 @@ class _Source:
 class _Sink:
     """The file to download as the client writes it."""
 
-    def __init__(self, file: BinaryIO, budget: Budget) -> None:
+    def __init__(self, file: BinaryIO, path: Path, budget: Budget) -> None:
         self._file = file
+        self._path = path
         self._budget = budget
 
     def write(self, data: bytes) -> int:
         if self._budget.left() <= 0:
             raise StorageFailed("The time for storage was used up in mid-download.")
-        written = self._file.write(data)
+        with disk_errors("write", self._path):  # here, where it cannot be mistaken for a network error
+            written = self._file.write(data)
+            self._file.flush()
         self._budget.reached(self._file.tell())
         return written
 
 
 def _new_client() -> Any:
     if os.environ.get("STORAGE_EMULATOR_HOST"):
-        return storage.Client(project=None, credentials=AnonymousCredentials())
+        return storage.Client(project=None, credentials=AnonymousCredentials())  # type: ignore[no-untyped-call]
     credentials, project = google.auth.default(scopes=[SCOPE])
     return storage.Client(project=project, credentials=credentials)
 
@@ -516,7 +520,8 @@ def _transient(error: Exception) -> bool:
     """Say whether the same request may succeed a little later."""
     if isinstance(error, api.GoogleAPICallError | InvalidResponse):
         code = error.response.status_code if isinstance(error, InvalidResponse) else error.code
-        return code in (408, 429) or code >= 500 or (code == 400 and _is_checksum_refusal(error))
+        refused = code == 400 and _is_checksum_refusal(error)
+        return code is not None and (code in (408, 429) or code >= 500 or refused)
     if isinstance(error, auth.DefaultCredentialsError):  # a late metadata server, unless a file was named
         return not os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
     if isinstance(error, auth.RefreshError):
@@ -546,9 +551,8 @@ def _is_checksum_refusal(error: Exception) -> bool:
     return re.search(r"crc32c|md5|checksum|hash", str(error), re.IGNORECASE) is not None
 
 
-def _is_ours(entry: Entry) -> bool:
-    """Tell objects from the placeholders that consoles make for folders, and from hidden names."""
-    return all(part and not part.startswith(".") for part in entry.name.split("/"))
+def _is_visible(name: str) -> bool:
+    return all(part and not part.startswith(".") for part in name.split("/"))
 
 
 def _encoded(checksum: int) -> str:

@@ -176,7 +176,8 @@ def checked_name(name: str, *, prefix: bool = False) -> str:
         parts = parts[:-1] + [part for part in parts[-1:] if part]
     if "\0" in name or any(not part or part.startswith(".") for part in parts):
         raise InvalidData(
-            f"An object's name must be relative, without empty parts and parts that start with a dot, not {name!r}."
+            "An object's name must be relative, without empty parts and without parts that start with a dot, "
+            f"not {name!r}."
         )
     return name
 
@@ -232,13 +233,13 @@ def _disk_error(error: OSError, action: str, path: Path) -> JobError:
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageFailed(
-            f"Cannot {action} {path}: {reason}, {_free_megabytes(path)} MB are free. What was committed before is "
-            "intact. Make room (or use another --output), then run the same command again."
+            f"Cannot {action} {path}: {reason}, {_free_megabytes(path)} MB are free. What was committed "
+            "before is intact. Make room (or use another --output), then run the same command again."
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return PermissionRefused(
-            f"Cannot {action} {path}: {reason}. The job runs as user {os.getuid()}, group {os.getgid()}: let it "
-            "write there (in Kubernetes: fsGroup, and no readOnly mount), or use another --output."
+            f"Cannot {action} {path}: {reason}. The job runs as user {os.getuid()}, group {os.getgid()}: let "
+            "it write there (in Kubernetes: fsGroup, and no readOnly mount), or use another --output."
         )
     if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENOENT):
         return MissingInput(
@@ -369,7 +370,7 @@ class LocalStore:
 
     File systems without hard links (FAT, some network mounts): there a name is given by a rename inside
     the same flock, after a look that it is free. All writers of such a file system take this way, so it is
-    exclusive, and a rename is atomic; opening the name with ``O_EXCL`` would show, after a crash, half a file.
+    exclusive, and a rename is atomic; opening the name with ``O_EXCL`` could leave half a file in a crash.
     """
 
     def __init__(self, location: str, *, deadline_seconds: float = DEADLINE_SECONDS) -> None:

@@ -424,10 +424,10 @@ def evaluate(location: str, *, data: str | None, replicas: int | None = None) ->
         MissingInput: no run, or no commit, is there.
         IdentityConflict: the data is not the run's.
     """
+    cluster = hardware.connect(Settings(replicas=replicas))
     with closing(storage.open_store(location)) as store:
         identity, record = _identity_and_record(store)
         state = _newest_state(store, record.commits[0])
-    cluster = hardware.connect(Settings(replicas=replicas))
     dataset = cifar10.load(cifar10.locate(data))
     if dataset.sha256 != identity.data_sha256:
         raise IdentityConflict(

@@ -1,4 +1,4 @@
-"""TensorFlow's start-up notes, which no log level silences, kept from a user's eyes; its errors are not."""
+"""What must happen around TensorFlow's import: its environment, and its notes that no log level silences."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ NOISE = re.compile(
 )
 
 
+def set_environment() -> None:
+    """Choose what TensorFlow reads from its environment at import, where the user has not chosen."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # By default TensorFlow uses oneDNN on processors with AVX-512 VNNI or AMX only. On others its convolutions
+    # train the small network at twice the speed and ResNet-30 at 1.5 times (measured: AMD Zen 3, 2 cores).
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+
 @contextmanager
 def quiet_start() -> Iterator[None]:
     """Hold standard error back while TensorFlow is imported and looks for devices, then pass on all but noise."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    set_environment()
     sys.stderr.flush()
     real = os.dup(2)
     with tempfile.TemporaryFile() as held:
