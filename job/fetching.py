@@ -113,10 +113,12 @@ def fill_once(folder: Path, fill: Callable[[Path, Path], None], progress: Progre
     """
     work = folder.with_name(f".{folder.name}.partial")
     with disk_errors(folder.parent):
+        if _filled(folder):  # before the lock, which a read-only folder would refuse
+            return False
         make_folders(folder.parent)
     with _lock(folder, progress):
         with disk_errors(folder):
-            if folder.is_dir() and any(folder.iterdir()):
+            if _filled(folder):
                 return False
             shutil.rmtree(work / "whole", ignore_errors=True)
             (work / "whole").mkdir(parents=True)
@@ -132,6 +134,10 @@ def fill_once(folder: Path, fill: Callable[[Path, Path], None], progress: Progre
             with contextlib.suppress(OSError):  # it still holds a partial download
                 work.rmdir()
     return True
+
+
+def _filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 @contextlib.contextmanager

@@ -522,7 +522,7 @@ def _transient(error: Exception) -> bool:
         code = error.response.status_code if isinstance(error, InvalidResponse) else error.code
         refused = code == 400 and _is_checksum_refusal(error)
         return code is not None and (code in (408, 429) or code >= 500 or refused)
-    if isinstance(error, auth.DefaultCredentialsError):  # a late metadata server, unless a file was named
+    if type(error) is auth.DefaultCredentialsError:  # a late metadata server, unless a file was named
         return not os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
     if isinstance(error, auth.RefreshError):
         return error.retryable or isinstance(error.__cause__, auth.TransportError)

@@ -47,6 +47,8 @@ T = TypeVar("T")
 RECORD = "record.json"
 DEADLINE_SECONDS = 60.0  # without progress; above a server's usual hiccup, far below a Job's patience
 BLOCK_BYTES = 1 << 20
+# What ``link`` answers where the file system, or the pair of file systems, has no hard links.
+NO_LINK = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 class AlreadyExists(Exception):
@@ -333,17 +335,17 @@ class Spool:
         """Remove the folder, and the parent if it was the last."""
         if self._folder is None:
             return
-        with contextlib.suppress(OSError, StorageFailed), locked(self._lock, self._new_budget()):
+        with contextlib.suppress(OSError, StorageFailed), locked(self._lock, Budget(Limit(), 1.0)):
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.with_suffix(".owner").unlink(missing_ok=True)
             if self._lock.parent != self.parent:
                 self.parent.rmdir()
         os.close(self._owner)
-        self._folder = None
+        self._folder, self._owner = None, -1
 
     def _open(self) -> Path:
         folder = self.parent / secrets.token_hex(8)
-        if self._folder is not None:  # somebody removed it
+        if self._owner >= 0:  # of a folder that somebody removed
             os.close(self._owner)
         self._owner = os.open(folder.with_suffix(".owner"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         _try_flock(self._owner)
@@ -352,13 +354,18 @@ class Spool:
 
     def _sweep(self) -> None:
         for owner in self.parent.glob("*.owner"):
-            descriptor = os.open(owner, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                if _try_flock(descriptor):
-                    shutil.rmtree(owner.with_suffix(""), ignore_errors=True)
-                    owner.unlink()
-            finally:
-                os.close(descriptor)
+            with contextlib.suppress(OSError):  # another user's: not ours to sweep
+                _remove_if_dead(owner)
+
+
+def _remove_if_dead(owner: Path) -> None:
+    descriptor = os.open(owner, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if _try_flock(descriptor):
+            shutil.rmtree(owner.with_suffix(""), ignore_errors=True)
+            owner.unlink()
+    finally:
+        os.close(descriptor)
 
 
 class LocalStore:
@@ -382,9 +389,9 @@ class LocalStore:
         self._spool = Spool(self.root / ".staging", self._lock, self._budget)
 
     def check(self, *, write: bool = True) -> None:
-        if self.root.exists() and not self.root.is_dir():
-            raise MissingInput(f"{self.location} must be a folder, but it is a file.")
         with disk_errors("use", self.root):
+            if self.root.exists() and not self.root.is_dir():
+                raise MissingInput(f"{self.location} must be a folder, but it is a file.")
             if write:
                 make_folders(self.root)
                 self._write(b"?").unlink()
@@ -440,7 +447,7 @@ class LocalStore:
             try:
                 self._publish(origin, destination, rename=False)
             except OSError as error:
-                if error.errno not in _NO_LINK:
+                if error.errno not in NO_LINK:
                     raise
                 self._publish_copy(origin, destination)
 
@@ -543,7 +550,7 @@ class LocalStore:
         try:
             os.link(source, target)
         except OSError as error:
-            if not rename or error.errno not in _NO_LINK - {errno.EXDEV}:
+            if not rename or error.errno not in NO_LINK - {errno.EXDEV}:
                 raise
             with locked(self._lock, self._budget()):
                 if os.path.lexists(target):
@@ -560,10 +567,6 @@ class LocalStore:
         elif current != new:
             raise Conflict(f"{target} is at version {current}, not at {expected}.")
         sync(target.parent)
-
-
-# What ``link`` answers where the file system, or the pair of file systems, has no hard links.
-_NO_LINK = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 def _existing(path: Path, action: Callable[[Path], T]) -> T:

@@ -56,7 +56,7 @@ def test_a_record_is_a_label_and_three_planes() -> None:
     data = bytes([7]) + np.concatenate([red, green, blue]).astype(np.uint8).tobytes()
     split = cifar10.decode(data)
     assert split.images.shape == (1, 32, 32, 3)
-    assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
+    assert (str(split.images.dtype), str(split.labels.dtype)) == ("uint8", "int32")
     assert split.labels.tolist() == [7]
     row, column = 5, 9
     pixel = 32 * row + column
@@ -99,9 +99,9 @@ def test_training_files_are_joined_in_their_order(tmp_path: Path, sample: cifar1
     files = tuple(
         cifar10.RecordFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in parts.items()
     )
-    data = cifar10.load(str(tmp_path), files=files)
-    assert np.array_equal(data.train.images, sample.train.images[:20])
-    assert np.array_equal(data.test.images, sample.train.images[20:30])
+    loaded = cifar10.load(str(tmp_path), files=files)
+    assert np.array_equal(loaded.train.images, sample.train.images[:20])
+    assert np.array_equal(loaded.test.images, sample.train.images[20:30])
 
 
 def altered(data: bytes) -> bytes:
@@ -115,11 +115,11 @@ def with_label_10(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("change", "rule", "received"),
     [
-        (altered, "SHA-256 must be 446f9fe9", "received "),
+        (altered, "must have SHA-256 446f9fe9", "received "),
         (lambda data: data[:-1], "must be 1,536,500 bytes", "received 1,536,499"),
         (lambda data: data + b"\0", "must be 1,536,500 bytes", "received 1,536,501"),
         (lambda data: b"", "must be 1,536,500 bytes", "received 0"),
-        (with_label_10, "labels must be 0 to 9", "received 10 in record 3"),
+        (with_label_10, "must hold labels from 0 to 9", "received 10 in record 3"),
     ],
     ids=["altered", "truncated", "too long", "empty", "label"],
 )
@@ -157,11 +157,13 @@ def test_missing_things_are_named(folder: Path) -> None:
         cifar10.verify(str(absent))
     (folder / "test.bin").unlink()
     for source in (folder, pack(folder)):
-        with pytest.raises(MissingInput, match=f"test.bin of {source} does not exist"):
+        with pytest.raises(
+            MissingInput, match=f"test.bin is missing in {source}; the binary version is needed"
+        ):
             cifar10.load(str(source), files=cifar10.SAMPLE)
     report = cifar10.verify(str(folder), files=cifar10.SAMPLE)[1]
     assert (report.size, report.sha256) == (None, None)
-    assert "does not exist" in str(report)
+    assert str(report) == "test.bin                   - bytes  sha256 -  is missing"
 
 
 def test_unreadable_files_are_a_permission_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ LAYERS = (
     "errors",
     "config",
     "interruption",
+    "startup",
     "reporting",
     "storage",
     "gcs",
@@ -43,9 +44,11 @@ LAYERS = (
     "normalization",
     "portable",
     "pictures",
+    "diagram",
     "cluster",
     "checkpoints",
     "events",
+    "publication",
     "trainer",
     "comparison",
     "training",
@@ -54,7 +57,7 @@ LAYERS = (
 )
 # Opening a location is where an implementation of the Store is picked, imported only when one is opened.
 LATE_IMPORTS = {"storage": {"gcs"}}
-STANDARD_LIBRARY_ONLY = ("errors", "config", "interruption", "reporting")
+STANDARD_LIBRARY_ONLY = ("errors", "config", "interruption", "startup", "reporting")
 TOP_LEVEL = {
     "CHANGELOG.md",
     "Dockerfile",

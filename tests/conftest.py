@@ -1,0 +1,21 @@
+"""One environment for all tests: TensorFlow's settings before its import, no user settings, the object store."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from job.startup import set_environment
+
+set_environment()
+for name in [name for name in os.environ if name.startswith("JOB_")]:
+    del os.environ[name]
+
+pytest_plugins = ["tests.gcs_server"]
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path, monkeypatch):
+    """Relative defaults such as ``runs`` and ``data`` must never touch the checkout."""
+    monkeypatch.chdir(tmp_path)

@@ -1,0 +1,489 @@
+"""The comparison: the table's numbers, pairs and interval, warnings, what is skipped, figures' content."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
+from scipy import stats
+
+from job import comparison
+from job.comparison import Pairing, RunSummary, load_runs
+from job.config import RECIPES, Network, Settings
+from job.errors import MissingInput, UsageError
+from job.storage import open_store
+
+TWENTY, FIFTY_SIX = (3, 3, 3), (9, 9, 9)
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_run(
+    folder: Path,
+    model: Any = "resnet",
+    *,
+    accuracies: Sequence[float] = (0.5, 0.75),
+    test_accuracy: float | None = None,
+    state: str = "complete",
+    blocks: tuple[int, ...] = TWENTY,
+    filters: int = 16,
+    data: str = "5a" * 32,
+    precision: Any = "float32",
+    planned: int | None = None,
+    **settings: Any,
+) -> Path:
+    """A run folder of one epoch for each validation accuracy; training is 0.125 better."""
+    network = Network(model=model, blocks=blocks, filters=filters)
+    epochs = planned or len(accuracies)
+    options = Settings(network=network, epochs=epochs, **settings)
+    identity = options.identity(precision=precision, data_sha256=data)
+    history = [epoch(index, accuracy) for index, accuracy in enumerate(accuracies)]
+    record: dict[str, Any] = {"format": 1, "attempt": 1, "nonce": "0a", "state": state, "commits": []}
+    record |= {"history": history, "result": None}
+    if state == "complete":
+        record["result"] = result(history, network, test_accuracy)
+    folder.mkdir(parents=True)
+    config = {"format": 1, "identity": identity.to_json(), "settings": {"epochs": epochs}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "record.json").write_text(json.dumps(record))
+    return folder
+
+
+def epoch(index: int, accuracy: float) -> dict[str, Any]:
+    return {
+        "epoch": index,
+        "step": 391 * (index + 1),
+        "wall_time": 1732450000.5 + 100 * index,
+        "train": {
+            "loss": 2.0 - accuracy,
+            "accuracy": accuracy + 0.125,
+            "learning_rate": 0.001,
+            "images_per_second": 500.0 * (index + 1),
+            "seconds": 100.0 / (index + 1),
+        },
+        "validation": {"loss": 2.5 - accuracy, "accuracy": accuracy, "seconds": 4.0},
+    }
+
+
+def result(history: list[dict[str, Any]], network: Network, test_accuracy: float | None) -> dict[str, Any]:
+    return {
+        "layers": network.layers,
+        "parameters": 272_474,
+        "epochs": len(history),
+        "train": {"loss": 0.25, "accuracy": 0.9375},
+        "validation": {"loss": 0.5, "accuracy": history[-1]["validation"]["accuracy"]},
+        "test": None if test_accuracy is None else {"loss": 1.0, "accuracy": test_accuracy},
+        "images_per_second": 1234.5,
+        "seconds": 3725.4,
+    }
+
+
+def twins(root: Path, gains: Sequence[float], **options: Any) -> list[RunSummary]:
+    """A ResNet and a PlainNet for each gain in accuracy, with seeds from 0."""
+    for seed, gain in enumerate(gains):
+        for model, accuracy in (("resnet", 0.5 + gain), ("plainnet", 0.5)):
+            folder = root / f"{model}{sum(options.get('blocks', TWENTY))}-{seed}"
+            write_run(folder, model, accuracies=(0.25, accuracy), seed=seed, **options)
+    return load_runs([str(root)])[0]
+
+
+def cells(runs: Sequence[RunSummary], row: int = 0) -> dict[str, str]:
+    """One run's line of the table; columns are two or more spaces apart."""
+    lines = comparison.table(runs).splitlines()
+    titles, values = (
+        [cell.strip() for cell in line.split("  ") if cell] for line in (lines[0], lines[2 + row])
+    )
+    return dict(zip(titles, values, strict=True))
+
+
+def test_the_table_shows_a_finished_run_s_own_result(tmp_path: Path) -> None:
+    write_run(tmp_path / "first", accuracies=(0.5, 0.8125, 0.75), seed=7)
+    runs, skipped = load_runs([str(tmp_path / "first")])
+
+    assert not skipped
+    assert cells(runs) == {
+        "run": "first",
+        "model": "ResNet",
+        "layers": "20",
+        "filters": "16",
+        "parameters": "272,474",
+        "recipe": "article",
+        "seed": "7",
+        "epochs": "3",
+        "validation": "75.00%",
+        "on": "test set",
+        "highest*": "81.25%",
+        "train": "93.75%",
+        "images/s": "1,234",
+        "time": "1:02:05",
+        "state": "complete",
+    }
+    assert "* highest of all epochs, on the test set, optimistic" in comparison.table(runs)
+
+
+@pytest.mark.parametrize("state", ["running", "interrupted", "diverged"])
+def test_an_unfinished_run_is_summed_up_from_its_history(tmp_path: Path, state: str) -> None:
+    write_run(tmp_path / "run", accuracies=(0.5, 0.625), planned=20, state=state)
+    runs, _ = load_runs([str(tmp_path / "run")])
+
+    shown = cells(runs)
+    assert (shown["state"], shown["epochs"], shown["parameters"]) == (state, "2 of 20", "-")
+    assert (shown["validation"], shown["train"], shown["highest*"]) == ("62.50%", "75.00%", "62.50%")
+    assert runs[0].seconds == 100 + 4 + 50 + 4
+    assert runs[0].images_per_second == pytest.approx((500 * 100 + 1000 * 50) / 150)
+
+
+def test_a_run_before_its_first_epoch_has_no_numbers(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", accuracies=(), planned=20, state="running")
+    shown = cells(load_runs([str(tmp_path / "run")])[0])
+
+    assert {shown[column] for column in ("validation", "highest*", "train", "images/s")} == {"-"}
+    assert shown["epochs"] == "0 of 20"
+
+
+def test_with_a_hold_out_the_test_set_decides(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "resnet", accuracies=(0.5, 0.875), test_accuracy=0.8125, holdout=5000)
+    write_run(tmp_path / "b", "plainnet", accuracies=(0.5, 0.75), test_accuracy=0.75, holdout=5000)
+    runs, _ = load_runs([str(tmp_path)])
+
+    shown = cells(runs)
+    assert (shown["validation"], shown["on"], shown["test"]) == ("87.50%", "hold-out", "81.25%")
+    assert comparison.pairings(runs)[0].differences == (6.25,)
+    assert "on the hold-out, optimistic" in comparison.table(runs)
+
+
+def test_the_interval_agrees_with_independent_computations(tmp_path: Path) -> None:
+    (pairing,) = comparison.pairings(twins(tmp_path, (0.01, 0.02, 0.03)))
+
+    assert pairing.seeds == (0, 1, 2)
+    assert pairing.differences == pytest.approx((1, 2, 3))
+    assert pairing.mean == pytest.approx(2)
+    # By hand: the standard deviation of 1, 2, 3 is 1, and tables give t = 4.302653 at 0.975 with 2 degrees.
+    assert pairing.interval == pytest.approx(
+        (2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), rel=1e-6
+    )
+    expected = stats.ttest_1samp(pairing.differences, 0).confidence_interval(0.95)
+    assert pairing.interval == pytest.approx((expected.low, expected.high))
+    assert str(pairing) == (
+        "20 layers, 16 filters: +2.00 points, 95 % confidence interval -0.48 to +4.48, n = 3 pairs "
+        "(seeds 0, 1, 2). The interval includes zero."
+    )
+
+
+def test_an_interval_without_zero_says_so() -> None:
+    assert "The interval excludes zero." in str(Pairing(title="", seeds=(0, 1), differences=(-2.0, -2.01)))
+    assert Pairing(title="", seeds=(0, 1), differences=(2.0, 2.0)).interval == (2.0, 2.0)
+
+
+def test_one_pair_proves_nothing_and_none_is_no_pair(tmp_path: Path) -> None:
+    runs = twins(tmp_path, (0.0159,))
+    assert str(comparison.pairings(runs)[0]) == (
+        "20 layers, 16 filters: +1.59 points from one pair (seed 0). One pair proves nothing."
+    )
+    alone = comparison.pairings(runs[:1])[0]
+    assert math.isnan(alone.mean)
+    assert str(alone) == (
+        "20 layers, 16 filters: no pairs: no seed was finished by both networks. Without a twin: resnet9-0."
+    )
+
+
+def test_each_depth_is_paired_by_itself(tmp_path: Path) -> None:
+    twins(tmp_path / "a", (0.01, 0.03))
+    twins(tmp_path / "b", (0.25, 0.25), blocks=FIFTY_SIX)
+    found = comparison.pairings(load_runs([str(tmp_path)])[0])
+
+    assert [pairing.title for pairing in found] == ["20 layers, 16 filters", "56 layers, 16 filters"]
+    assert [pairing.mean for pairing in found] == pytest.approx([2, 25])
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ({"batch_size": 64}, "batch_size: 128 (resnet9-0) against 64 (other)"),
+        ({"holdout": 5000, "test_accuracy": 0.5}, "holdout: 0 (resnet9-0) against 5000 (other)"),
+        ({"precision": "bfloat16"}, "precision: float32 (resnet9-0) against bfloat16 (other)"),
+        ({"sync_batch_norm": False}, "sync_batch_norm: True (resnet9-0) against False (other)"),
+        ({"data": "6b" * 32}, "data_sha256: 5a5a5a5a5a5a (resnet9-0) against 6b6b6b6b6b6b (other)"),
+        ({"accuracies": (0.25, 0.5, 0.5)}, "epochs: 2 (resnet9-0) against 3 (other)"),
+        (
+            {"recipe": replace(RECIPES["article"], learning_rate=0.01)},
+            "learning_rate: 0.001 (resnet9-0) against 0.01 (other)",
+        ),
+        ({"recipe": RECIPES["he"]}, "recipe: article (resnet9-0) against he (other); with it optimizer, "),
+    ],
+)
+def test_runs_that_differ_are_not_paired_and_say_how(
+    tmp_path: Path, options: dict[str, Any], warning: str
+) -> None:
+    write_run(tmp_path / "resnet9-0", "resnet")
+    write_run(tmp_path / "other", "plainnet", **options)
+    runs, _ = load_runs([str(tmp_path)])
+
+    (found,) = comparison.caveats(runs)
+    assert found.startswith(f"the runs differ in {warning}")
+    assert found.endswith("Only runs that agree are paired")
+    assert f"Warning: {found}." in comparison.text_report(runs)
+    assert [pairing.seeds for pairing in comparison.pairings(runs)] == [(), ()]
+    assert len({pairing.title for pairing in comparison.pairings(runs)}) == 2
+
+
+def test_runs_that_agree_get_no_warning(tmp_path: Path) -> None:
+    assert comparison.caveats(twins(tmp_path, (0.01, 0.02))) == []
+
+
+def test_unfinished_and_repeated_runs_are_named(tmp_path: Path) -> None:
+    twins(tmp_path / "a", (0.01,))
+    write_run(tmp_path / "b" / "copy", "resnet", accuracies=(0.25, 0.75))
+    write_run(tmp_path / "c", "resnet", accuracies=(0.25,), planned=2, state="interrupted", seed=1)
+    write_run(tmp_path / "d", "plainnet", seed=1)
+    runs, _ = load_runs([str(tmp_path)])
+
+    (pairing,) = comparison.pairings(runs)
+    assert pairing.differences == pytest.approx((1,))
+    assert pairing.unpaired == ("d",)
+    assert comparison.caveats(runs) == [
+        "not finished, therefore not paired: c (interrupted, 1 of 2 epochs)",
+        f"one run in several places, the first is paired: {tmp_path}/a/resnet9-0, {tmp_path}/b/copy",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("record.json", "{", "record.json must be a JSON object"),
+        ("record.json", '{"format": 99}', "has format 99"),
+        ("record.json", '{"format": 1, "commits": [], "history": [{}]}', "lacks 'train'"),
+        ("config.json", None, "no config.json"),
+        ("config.json", '{"format": 1, "identity": {}}', "is not a run's configuration"),
+        ("config.json", "[1]", "must be a JSON object"),
+    ],
+)
+def test_foreign_and_damaged_folders_are_named_and_skipped(
+    tmp_path: Path, name: str, content: str | None, reason: str
+) -> None:
+    write_run(tmp_path / "good")
+    bad = write_run(tmp_path / "bad")
+    (bad / name).unlink()
+    if content is not None:
+        (bad / name).write_text(content)
+
+    runs, skipped = load_runs([str(tmp_path)])
+
+    assert [run.name for run in runs] == ["good"]
+    assert [item.location for item in skipped] == [str(bad)]
+    assert reason in skipped[0].reason
+    assert f"Skipped {bad}: " in comparison.text_report(runs, skipped)
+
+
+def test_parents_expand_and_a_run_named_twice_counts_once(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "deep" / "er" / "first")
+    write_run(tmp_path / "second", seed=1)
+    (tmp_path / "notes").mkdir()
+
+    runs, skipped = load_runs([str(first), str(tmp_path), str(tmp_path / "notes"), str(tmp_path / "absent")])
+
+    assert [run.name for run in runs] == ["first", "second"]
+    assert [item.location for item in skipped] == [str(tmp_path / "notes"), str(tmp_path / "absent")]
+    assert all("no run" in item.reason for item in skipped)
+
+
+def test_runs_in_a_bucket_are_compared_too(tmp_path: Path, gcs_bucket: str) -> None:
+    twins(tmp_path, (0.01, 0.03))
+    with closing(open_store(gcs_bucket)) as store:
+        for path in sorted(tmp_path.rglob("*.json")):
+            store.create(f"runs/{path.relative_to(tmp_path)}", path.read_bytes())
+
+    runs, skipped = load_runs([f"{gcs_bucket}/runs", f"{gcs_bucket}/absent"])
+
+    assert [run.location for run in runs][::3] == [
+        f"{gcs_bucket}/runs/{name}" for name in ("resnet9-0", "plainnet9-1")
+    ]
+    assert comparison.pairings(runs)[0].differences == pytest.approx((1, 3))
+    assert [item.location for item in skipped] == [f"{gcs_bucket}/absent"]
+
+
+def test_no_run_left_is_missing_input(tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match=r"at least one run(.|\n)*absent: holds no run") as caught:
+        load_runs([str(tmp_path / "absent")])
+    assert caught.value.exit_code == 66
+
+
+def test_the_report_holds_table_findings_figures_and_raw_values(tmp_path: Path) -> None:
+    twins(tmp_path / "runs" / "a", (0.01, 0.03))
+    runs = twins(tmp_path / "runs" / "b", (0.25, 0.25), blocks=FIFTY_SIX)
+    runs, skipped = load_runs([str(tmp_path / "runs"), str(tmp_path / "absent")])
+    folder = tmp_path / "report" / "new"
+
+    paths = comparison.write_report(runs, folder, skipped)
+
+    assert [path.name for path in paths] == ["comparison.md", "comparison.csv", "curves.png", "depth.png"]
+    assert all(path.read_bytes().startswith(PNG) for path in paths[2:])
+    text = paths[0].read_text()
+    assert "- 56 layers, 16 filters: +25.00 points, 95 % confidence interval +25.00 to +25.00, n = 2" in text
+    assert "| resnet9-0 | ResNet | 20 | 16 | 272,474 | article | 0 | 2 | 51.00% | test set |" in text
+    assert "![Accuracy against depth](depth.png)" in text
+    assert f"Skipped {tmp_path}/absent" in text
+    with paths[1].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert (rows[0]["model"], rows[0]["blocks"], rows[0]["state"]) == ("resnet", "3,3,3", "complete")
+    assert float(rows[0]["validation_accuracy"]) == 0.51
+    assert rows[0]["test_accuracy"] == ""
+
+
+def test_a_report_on_one_depth_has_no_depth_figure_and_replaces_an_older_one(tmp_path: Path) -> None:
+    runs = twins(tmp_path / "runs", (0.01,))
+    for _ in range(2):
+        paths = comparison.write_report(runs, tmp_path / "report")
+
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(p.name for p in paths)
+    assert "depth.png" not in paths[0].read_text()
+
+
+def test_markdown_warns_visibly_and_escapes_the_footnote_mark(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", "plainnet", batch_size=64)
+    text = comparison.markdown_report(load_runs([str(tmp_path)])[0])
+
+    assert "> **Warning:** the runs differ in batch_size" in text
+    assert "| highest\\* |" in text
+    assert "\n\\* highest of all epochs" in text
+
+
+def legend(axis: Axes) -> list[str]:
+    found = axis.get_legend()
+    assert found is not None
+    return [text.get_text() for text in found.get_texts()]
+
+
+def x_of(line: Line2D) -> list[float]:
+    return [float(value) for value in np.asarray(line.get_xdata())]
+
+
+def y_of(line: Line2D) -> list[float]:
+    return [float(value) for value in np.asarray(line.get_ydata())]
+
+
+def test_curves_show_mean_and_range_over_seeds_in_four_labelled_panels(tmp_path: Path) -> None:
+    figure = comparison.curves_figure(twins(tmp_path, (0.0625, 0.1875)))
+
+    assert [axis.get_title() for axis in figure.axes] == [
+        "Training accuracy, 20 layers",
+        "Validation accuracy, 20 layers",
+        "Training loss, 20 layers",
+        "Validation loss, 20 layers",
+    ]
+    assert {axis.get_xlabel() for axis in figure.axes} == {"epoch"}
+    assert [axis.get_ylabel() for axis in figure.axes] == [
+        "accuracy",
+        "accuracy on the test set",
+        "cross-entropy",
+        "cross-entropy on the test set",
+    ]
+    assert legend(figure.axes[0]) == ["ResNet, 2 seeds", "PlainNet, 2 seeds"]
+    for axis in figure.axes:
+        assert [to_hex(line.get_color()) for line in axis.lines] == list(comparison.COLOURS.values())
+        assert len(axis.collections) == 2
+    resnet, plainnet = figure.axes[1].lines
+    assert x_of(resnet) == [1, 2]
+    assert y_of(resnet) == [0.25, 0.625]
+    assert y_of(plainnet) == [0.25, 0.5]
+    band = figure.axes[1].collections[0].get_paths()[0].get_extents()
+    assert (band.y0, band.y1) == (0.25, 0.6875)
+    assert y_of(figure.axes[3].lines[1]) == [2.25, 2.0]
+
+
+def test_curves_have_a_row_of_panels_for_each_depth(tmp_path: Path) -> None:
+    twins(tmp_path / "a", (0.01,))
+    twins(tmp_path / "b", (0.02,), blocks=FIFTY_SIX, filters=8)
+    figure = comparison.curves_figure(load_runs([str(tmp_path)])[0])
+
+    titles = [axis.get_title() for axis in figure.axes]
+    assert len(titles) == 8
+    assert titles[0] == "Training accuracy, 20 layers, 16 filters"
+    assert titles[5] == "Validation accuracy, 56 layers, 8 filters"
+    assert legend(figure.axes[4]) == ["ResNet, 1 seed", "PlainNet, 1 seed"]
+
+
+def test_runs_of_other_settings_get_lines_of_their_own(tmp_path: Path) -> None:
+    twins(tmp_path / "a", (0.01,))
+    write_run(tmp_path / "he", recipe=RECIPES["he"])
+    axis = comparison.curves_figure(load_runs([str(tmp_path)])[0]).axes[0]
+
+    assert sorted(legend(axis)) == [
+        "PlainNet, recipe article, 1 seed",
+        "ResNet, recipe article, 1 seed",
+        "ResNet, recipe he, 1 seed",
+    ]
+    assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 3
+
+
+def test_an_unfinished_run_does_not_shorten_the_curve_of_finished_ones(tmp_path: Path) -> None:
+    twins(tmp_path / "a", (0.0625,))
+    write_run(tmp_path / "b", accuracies=(0.75,), planned=2, state="running", seed=1)
+    write_run(tmp_path / "c", accuracies=(), planned=2, state="running", seed=2, model="plainnet")
+    resnet = comparison.curves_figure(load_runs([str(tmp_path)])[0]).axes[1].lines[0]
+
+    assert y_of(resnet) == [0.25, 0.5625]
+
+
+def test_depth_figure_draws_means_and_every_run(tmp_path: Path) -> None:
+    twins(tmp_path / "a", (0.0625, 0.1875))
+    twins(tmp_path / "b", (0.25, 0.25), blocks=FIFTY_SIX)
+    write_run(
+        tmp_path / "c", blocks=(2, 5, 5, 2), filters=64, accuracies=(0.5,) * 3
+    )  # one depth, other epochs
+    write_run(tmp_path / "d", blocks=(5, 5, 5), accuracies=(0.9,), planned=2, state="running")
+    figure = comparison.depth_figure(load_runs([str(tmp_path)])[0])
+
+    assert figure is not None
+    (axis,) = figure.axes
+    assert legend(axis) == ["ResNet", "PlainNet"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("layers", "accuracy on the test set")
+    assert [(x_of(line), y_of(line)) for line in axis.lines] == [
+        ([20, 56], [0.625, 0.75]),
+        ([20, 56], [0.5, 0.5]),
+    ]
+    dots = [
+        sorted(map(tuple, np.asarray(collection.get_offsets()).tolist())) for collection in axis.collections
+    ]
+    assert dots[0] == [(20, 0.5625), (20, 0.6875), (56, 0.75), (56, 0.75)]
+    assert list(axis.get_xticks()) == [20, 56]
+
+
+def test_no_depth_figure_for_a_single_depth(tmp_path: Path) -> None:
+    assert comparison.depth_figure(twins(tmp_path, (0.01,))) is None
+
+
+def test_without_the_plots_extra_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = twins(tmp_path, (0.01, 0.02))
+    attempts: list[Callable[[], object]] = [
+        lambda: comparison.text_report(runs),
+        lambda: comparison.curves_figure(runs),
+    ]
+    for module, attempt in zip(("scipy", "matplotlib.figure"), attempts, strict=True):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UsageError, match=r"scipy|matplotlib.*plots"):
+            attempt()
+
+
+def test_importing_the_comparison_loads_neither_tensorflow_nor_the_plots_extra() -> None:
+    code = (
+        "import sys, job.comparison; print({'tensorflow', 'keras', 'matplotlib', 'scipy'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from job import portable
+from job.batches import EpochPlan
+from job.cifar10 import Split
+from job.normalization import FusedBatchNormalization
+from job.trainer import DeviceSplit, Predictions, Trainer
+from tests.support import assert_same_state, cluster_of, identity_of, split_of, trainer_of
+
+RATE = 0.001
+
+
+def plan_of(images: int = 40, **changes: Any) -> EpochPlan:
+    return EpochPlan.draw(**{"images": images, "seed": 0, "epoch": 0, **changes})
+
+
+def steps(trainer: Trainer, count: int, *, first: int = 0, batch: int = 8, **changes: Any) -> Any:
+    plan = plan_of(trainer.train_split.count, **changes).batches(first=first, count=count, batch_size=batch)
+    return trainer.train_steps(plan, np.full(count, RATE, np.float32))
+
+
+def spy_on_batches(trainer: Trainer, seen: list[tuple[int, np.ndarray]], change: Any = None) -> None:
+    """Record each replica's images (their first pixel tells which) before the trainer sees them."""
+    inner = trainer._forward_backward
+
+    def forward_backward(images: Any, labels: Any, global_batch: Any, scale: Any) -> Any:
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+
+        def note(replica: Any, pixels: Any) -> np.int32:
+            seen.append((int(replica), np.array(pixels)))
+            return np.int32(0)
+
+        with tf.control_dependencies([tf.numpy_function(note, [replica, images[:, 0, 0]], tf.int32)]):
+            loss, correct, gradients = inner(tf.identity(images), labels, global_batch, scale)
+        return loss, correct, change(replica, gradients) if change else gradients
+
+    trainer._forward_backward = forward_backward
+
+
+def numbered(count: int) -> Split:
+    split = split_of(count)
+    split.images[:, 0, 0, 0] = np.arange(count) // 200
+    split.images[:, 0, 0, 1] = np.arange(count) % 200
+    return split
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_every_image_is_trained_once_an_epoch_and_evaluated_once(replicas):
+    trainer = trainer_of(replicas=replicas, train=numbered(44))
+    seen: list[tuple[int, np.ndarray]] = []
+    spy_on_batches(trainer, seen)
+    steps(trainer, 5)
+    steps(trainer, 1, first=5)  # the smaller last batch: 4 images
+    ids = [int(pixel[0]) * 200 + int(pixel[1]) for _, pixels in seen for pixel in pixels]
+    assert Counter(ids) == Counter(range(44))
+    assert {replica for replica, _ in seen} == set(range(replicas))
+    sizes = Counter(len(pixels) for _, pixels in seen)
+    assert sizes == Counter({8 // replicas: 5 * replicas, 4 // replicas: replicas})
+
+    split = split_of(30)
+    parts = [trainer.predict(DeviceSplit(split, cluster_of(replicas).strategy), first=0, count=30)]
+    one = trainer_of(train=numbered(44))
+    one.state = trainer.state
+    whole = one.predict(DeviceSplit(split, cluster_of().strategy), first=0, count=30)
+    assert len(parts[0].loss) == 30
+    np.testing.assert_array_equal(parts[0].loss, whole.loss)
+    np.testing.assert_array_equal(parts[0].predicted, whole.predicted)
+
+
+def test_one_and_two_replicas_agree_with_synchronized_statistics():
+    one, two = trainer_of(replicas=1), trainer_of(replicas=2)
+    for step in range(5):
+        np.testing.assert_allclose(steps(two, 1, first=step).loss, steps(one, 1, first=step).loss, rtol=1e-5)
+    for left, right in zip(one.state.weights, two.state.weights, strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-3, atol=2e-5)
+
+
+def test_without_synchronization_all_replicas_hold_the_mean_of_their_statistics():
+    trainer = trainer_of(identity_of(sync_batch_norm=False), replicas=2)
+    for step in range(2):
+        steps(trainer, 1, first=step)
+        for variable in trainer.network.non_trainable_variables:
+            left, right = (value.numpy() for value in variable.value.values)
+            np.testing.assert_array_equal(left, right)
+    # Each replica normalizes by its own half: the moving mean of the pixels is the mean of both halves' means.
+    order = plan_of().order[:16].reshape(2, 2, 4)
+    pixels = split_of(40).images[order].astype(np.float64)  # [step, replica, image, height, width, channel]
+    expected = np.zeros(3)
+    for step_pixels in pixels:
+        expected = 0.99 * expected + 0.01 * step_pixels.mean(axis=(1, 2, 3)).mean(axis=0)
+    np.testing.assert_allclose(trainer.network.non_trainable_variables[0].numpy(), expected, rtol=1e-5)
+
+
+def test_synchronized_and_unsynchronized_statistics_are_different_things():
+    losses = [
+        steps(trainer_of(identity_of(sync_batch_norm=sync), replicas=2), 2).loss for sync in (True, False)
+    ]
+    assert not np.allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bad_replica", [0, 1])
+def test_float16_infinity_on_one_replica_skips_the_step_on_all(bad_replica):
+    trainer = trainer_of(identity_of(precision="float16"), replicas=2)
+
+    def spoil(replica: Any, gradients: list[Any]) -> list[Any]:
+        spoiled = gradients[3] + tf.where(tf.equal(replica, bad_replica), np.inf, 0.0)
+        return [*gradients[:3], spoiled, *gradients[4:]]
+
+    before = trainer.state
+    spy_on_batches(trainer, [], change=spoil)
+    steps(trainer, 1)
+    after = trainer.state
+    trainable = {id(variable) for variable in trainer.network.trainable_variables}
+    for variable, left, right in zip(trainer.network.variables, before.weights, after.weights, strict=True):
+        if id(variable) in trainable:
+            np.testing.assert_array_equal(left, right)
+    for left, right in zip(before.optimizer[:1] + before.optimizer[2:], after.optimizer[:1] + after.optimizer[2:], strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert after.loss_scale == (before.loss_scale[0] / 2, 0)
+
+
+def test_float16_finite_step_trains():
+    trainer = trainer_of(identity_of(precision="float16"))
+    before = trainer.state
+    steps(trainer, 1)
+    assert trainer.state.loss_scale == (before.loss_scale[0], 1)
+    assert not np.array_equal(before.weights[4], trainer.state.weights[4])
+
+
+@pytest.mark.parametrize("split", [(1, 1, 1, 1), (4,), (1, 3), (2, 2)])
+def test_no_bit_depends_on_how_steps_are_split_into_calls(split):
+    reference, trainer = trainer_of(), trainer_of()
+    expected = steps(reference, 4)
+    losses: list[float] = []
+    for count in split:
+        losses += steps(trainer, count, first=len(losses)).loss.tolist()
+    assert losses == expected.loss.tolist()
+    assert_same_state(trainer.state, reference.state)
+
+
+def test_coupled_weight_decay_and_momentum_match_numpy_steps():
+    identity = identity_of(recipe="he")
+    plain = trainer_of(identity_of(recipe="he"))
+    trainer = trainer_of(identity)
+    gradients: list[list[np.ndarray]] = []
+    inner = trainer._forward_backward
+
+    def record(*arguments: Any) -> Any:
+        loss, correct, values = inner(*arguments)
+        store = lambda *arrays: gradients.append([np.array(a) for a in arrays]) or np.int32(0)  # noqa: E731
+        with tf.control_dependencies([tf.numpy_function(store, values, tf.int32)]):
+            return tf.identity(loss), correct, values
+
+    trainer._forward_backward = record
+    variables = trainer.network.trainable_variables
+    weights = [variable.numpy().astype(np.float64) for variable in variables]
+    velocity = [np.zeros_like(weight) for weight in weights]
+    for step in range(3):
+        steps(trainer, 1, first=step)
+        for index, variable in enumerate(variables):
+            decay = 1e-4 * weights[index] if variable.name == "kernel" else 0.0
+            velocity[index] = 0.9 * velocity[index] - RATE * (gradients[step][index] + decay)
+            weights[index] = weights[index] + velocity[index]
+    for variable, expected in zip(variables, weights, strict=True):
+        np.testing.assert_allclose(variable.numpy(), expected, rtol=2e-5, atol=1e-7)
+    assert len([variable for variable in variables if variable.name == "kernel"]) == 7
+    assert plain.state.weights[0].shape == (3,)
+
+
+def test_labels_survive_order_and_augmentation():
+    """With one image a class, training on shuffled and cropped images must see each image's own label."""
+    trainer = trainer_of(identity_of(recipe="he"), train=numbered(40))
+    pairs: list[tuple[int, int]] = []
+    inner = trainer._forward_backward
+
+    def record(images: Any, labels: Any, global_batch: Any, scale: Any) -> Any:
+        def note(brightness: Any, classes: Any) -> np.int32:
+            pairs.extend(zip(brightness.tolist(), classes.tolist(), strict=True))
+            return np.int32(0)
+
+        brightness = tf.reduce_max(tf.cast(images, tf.int32), axis=[1, 2, 3])
+        with tf.control_dependencies([tf.numpy_function(note, [brightness, labels], tf.int32)]):
+            return inner(tf.identity(images), labels, global_batch, scale)
+
+    trainer._forward_backward = record
+    steps(trainer, 5, crop_padding=4, flip=True)
+    assert len(pairs) == 40
+    assert all(abs(brightness - (119 + 13 * label)) <= 3 for brightness, label in pairs)
+
+
+def test_rates_are_applied_step_by_step():
+    trainer = trainer_of()
+    plan = plan_of().batches(first=0, count=3, batch_size=8)
+    trainer.train_steps(plan, np.array([1e-3, 1e-3, 0.0], np.float32))
+    stopped = trainer.state
+    reference = trainer_of()
+    reference.train_steps(plan_of().batches(first=0, count=2, batch_size=8), np.full(2, 1e-3, np.float32))
+    kernels = [index for index, variable in enumerate(trainer.network.variables) if variable.name == "kernel"]
+    for index in kernels:
+        np.testing.assert_array_equal(stopped.weights[index], reference.state.weights[index])
+    assert stopped.optimizer[1] == 0.0
+
+
+def test_xla_computes_the_same():
+    np.testing.assert_allclose(steps(trainer_of(xla=True), 3).loss, steps(trainer_of(), 3).loss, rtol=1e-4)
+
+
+def test_predictions_are_summed_in_float64_over_every_image():
+    loss = np.full(3, 0.1, np.float32)
+    predictions = Predictions(loss, np.array([1, 2, 2], np.int32))
+    labels = np.array([1, 2, 3])
+    assert predictions.summary(labels) == {"loss": float(np.float64(loss[0])), "accuracy": 2 / 3}
+    confusion = predictions.confusion(labels)
+    assert (confusion[1][1], confusion[2][2], confusion[3][2]) == (1, 1, 1)
+    assert sum(map(sum, confusion)) == 3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_saved_state_comes_back_bit_for_bit_and_opens_in_plain_keras(tmp_path, precision):
+    identity = identity_of(precision=precision)
+    trainer = trainer_of(identity)
+    steps(trainer, 2)
+    state = trainer.state
+    twin = portable.plain_twin(identity.network, identity.recipe, precision=precision, seed=1)
+    portable.save(twin, state, tmp_path / "x.keras")
+    loaded = portable.load(tmp_path / "x.keras")
+    assert_same_state(portable.State(loaded.weights, loaded.optimizer, state.loss_scale), state)
+    model = keras.saving.load_model(tmp_path / "x.keras")
+    assert {type(layer).__module__.split(".")[0] for layer in model.layers} == {"keras"}
+    assert int(model.optimizer.iterations) == 2
+    split = split_of(30)
+    probabilities = model(split.images.astype(np.float32), training=False).numpy()
+    mine = trainer.predict(DeviceSplit(split, cluster_of().strategy), first=0, count=30)
+    expected = -np.log(probabilities[np.arange(30), split.labels])
+    np.testing.assert_allclose(mine.loss, expected, rtol={"float32": 1e-4}.get(precision, 0.05), atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 4, 3), (2, 1, 1, 5)])
+def test_fused_normalization_equals_kerass(shape):
+    rng = np.random.default_rng(0)
+    inputs = tf.constant(rng.normal(3.0, 2.0, shape), tf.float32)
+    weights = tf.constant(rng.normal(size=shape), tf.float32)
+    results = []
+    for kind in (keras.layers.BatchNormalization, FusedBatchNormalization):
+        layer = kind()
+        layer.build(shape)
+        layer.gamma.assign(np.linspace(0.5, 2, shape[-1]))
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = layer(inputs, training=True)
+            total = tf.reduce_sum(outputs * weights)
+        gradients = tape.gradient(total, [inputs, layer.gamma.value, layer.beta.value])
+        results.append(
+            [outputs, *gradients, layer.moving_mean, layer.moving_variance, layer(inputs, training=False)]
+        )
+    for expected, fused in zip(*results, strict=True):
+        np.testing.assert_allclose(np.array(fused), np.array(expected), rtol=2e-4, atol=2e-5)
