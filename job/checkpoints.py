@@ -1,8 +1,9 @@
 """The checkpoint protocol: claim a run, commit, restore, prune. See the README's "What happens when ...".
 
-Everything in a run is immutable and create-only, except one small record. An attempt writes a checkpoint under a
-name of its own, then swaps the record to name it; readers trust only what the record names. A starting attempt
-increments the attempt number by the same swap, so that the next swap of any older attempt fails: the fence.
+Everything in a run is immutable and create-only, except one small record. An attempt writes a checkpoint
+under a name of its own, then swaps the record to name it; readers trust only what the record names. A
+starting attempt increments the attempt number by the same swap, so that the next swap of any older attempt
+fails: the fence.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from job.config import FORMAT, Identity
 from job.errors import IdentityConflict, InvalidData, JobError, StorageFailed, Superseded
-from job.storage import AlreadyExists, Conflict, NotFound, Store, crc32c
+from job.storage import AlreadyExists, Conflict, Entry, NotFound, Store, crc32c, disk_errors
 
 CONFIG, RECORD = "config.json", "record.json"
+MODEL, RESULT = "model.keras", "result.json"  # of a complete run
+CHECKPOINT = re.compile(r"checkpoints/step-\d{10}-a(?P<attempt>\d{4,})-[0-9a-f]+\.keras")
 CLAIM_TRIES = 5  # claims that race each other; each loser sees the winner's record
 UPLOAD_TRIES = 3  # a name can be taken by an object that was corrupted on its way: each try has a new nonce
 FENCE_POLL_SECONDS = 30.0
@@ -85,11 +89,14 @@ class Record:
         values = parse(data, where)
         try:
             commits = tuple(
-                Commit(**{**commit, "progress": _progress(commit["progress"])}) for commit in values.pop("commits")
+                Commit(**{**commit, "progress": _progress(commit["progress"])})
+                for commit in values.pop("commits")
             )
             return cls(**{**values, "commits": commits, "history": tuple(values["history"])})
         except (KeyError, TypeError) as error:
-            raise InvalidData(f"{where} is not a run's record: {error}; restore it or choose another --name") from error
+            raise InvalidData(
+                f"{where} is not a run's record: {error}; restore it or choose another --name"
+            ) from error
 
 
 def _progress(values: dict[str, Any]) -> Progress:
@@ -99,15 +106,17 @@ def _progress(values: dict[str, Any]) -> Progress:
 def parse(data: bytes, where: str) -> dict[str, Any]:
     """Decode a JSON object and check its format number. Raises InvalidData."""
     try:
-        values = json.loads(data)
+        values: dict[str, Any] = json.loads(data)
         version = values.pop("format")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InvalidData(
-            f"{where} must be a JSON object with a format number, but {error!r}; restore it or choose another --name"
+            f"{where} must be a JSON object with a format number, but {error!r}; restore it or choose "
+            "another --name"
         ) from error
     if version != FORMAT:
         raise InvalidData(
-            f"{where} has format {version}, but this version reads format {FORMAT}; use the version that wrote it"
+            f"{where} has format {version}, but this version reads format {FORMAT}; use the version that "
+            "wrote it"
         )
     return values
 
@@ -115,11 +124,22 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
 class Run:
     """An attempt's hold on a run, from its claim to its last swap."""
 
-    def __init__(self, store: Store, record: Record, version: str, *, keep: int, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        record: Record,
+        version: str,
+        *,
+        keep: int,
+        config: dict[str, Any],
+        outdated: Sequence[Entry] = (),
+    ) -> None:
         self.store = store
         self.record = record
         self.config = config
         self._version = version
+        self._named = {commit.name for commit in record.commits}  # also those that a restore passed over
+        self._outdated = outdated
         self._keep = keep
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
         self._in_flight: Future[None] | None = None
@@ -168,11 +188,21 @@ class Run:
                     f"the checkpoint must have {commit.size} bytes and crc32c {commit.crc32c:08x}, "
                     f"but has {size} and {checksum:08x}"
                 )
-            return read(path)
+            try:
+                return read(path)
+            except (OSError, ValueError) as error:
+                raise InvalidData(f"the checkpoint cannot be read: {error}") from error
         finally:
             path.unlink(missing_ok=True)
 
-    def commit(self, write: Callable[[Path], None], progress: Progress, *, after: Callable[[], None], **changes: Any) -> None:
+    def commit(
+        self,
+        write: Callable[[Path], None],
+        progress: Progress,
+        *,
+        after: Callable[[], None],
+        **changes: Any,
+    ) -> None:
         """Commit in the background; waits for the commit before it, and raises what that one met.
 
         Args:
@@ -191,7 +221,11 @@ class Run:
             future.result()
 
     def _commit(
-        self, write: Callable[[Path], None], progress: Progress, after: Callable[[], None], changes: dict[str, Any]
+        self,
+        write: Callable[[Path], None],
+        progress: Progress,
+        after: Callable[[], None],
+        changes: dict[str, Any],
     ) -> None:
         commit = self._upload(write, progress)
         kept = (commit, *self.record.commits)[: self._keep]
@@ -201,7 +235,8 @@ class Run:
     def _upload(self, write: Callable[[Path], None], progress: Progress) -> Commit:
         path = self.store.staging() / self._checkpoint_name(progress.step).replace("/", "-")
         try:
-            write(path)
+            with disk_errors("write", path):
+                write(path)
             size, checksum = path.stat().st_size, crc32c(path)
             for _ in range(UPLOAD_TRIES):
                 name = self._checkpoint_name(progress.step)
@@ -234,32 +269,34 @@ class Run:
             raise superseded_error(self.store.location) from conflict
         self.record = after
         named = {commit.name for commit in after.commits}
-        self._delete(commit.name for commit in before.commits if commit.name not in named)
+        dropped, self._named = self._named - named, named
+        if dropped:
+            self._delete_checkpoints(lambda name: name in dropped)
 
     def prune_lower_attempts(self) -> None:
-        """Delete checkpoints that no record names and that attempts below ours have left behind."""
-        named = {commit.name for commit in self.record.commits}
-        self._delete(
-            entry
-            for entry in (match["name"] for match in self._checkpoint_matches() if int(match["attempt"]) < self.record.attempt)
-            if entry not in named
-        )
+        """Delete checkpoints that the record does not name and that attempts below ours have left behind."""
+        self._delete_checkpoints(lambda name: name not in self._named and self._is_of_lower_attempt(name))
 
-    def _checkpoint_matches(self) -> list[re.Match[str]]:
-        pattern = re.compile(r"(?P<name>checkpoints/step-\d{10}-a(?P<attempt>\d{4,})-[0-9a-f]+\.keras)")
-        return [match for entry in self.store.list("checkpoints/") if (match := pattern.fullmatch(entry.name))]
+    def _is_of_lower_attempt(self, name: str) -> bool:
+        match = CHECKPOINT.fullmatch(name)
+        return match is not None and int(match["attempt"]) < self.record.attempt
 
-    def _delete(self, names: Any) -> None:
+    def _delete_checkpoints(self, wanted: Callable[[str], bool]) -> None:
         """Delete what can be deleted; a failure costs space, never the run."""
-        wanted = set(names)
-        if not wanted:
-            return
         try:
             for entry in self.store.list("checkpoints/"):
-                if entry.name in wanted:
+                if wanted(entry.name):
                     self.store.delete(entry.name, entry.version)
         except JobError as error:
             log.warning("%s: an old checkpoint stays: %s", self.store.location, error)
+
+    def withdraw_result(self) -> None:
+        """Delete what an earlier, shorter completion of this run left.
+
+        Only what was there before the claim: a newer attempt's result must survive us if it has fenced us.
+        """
+        for entry in self._outdated:
+            self.store.delete(entry.name, entry.version)
 
     def _poll_fence(self) -> None:
         while not self._closed.wait(FENCE_POLL_SECONDS):
@@ -278,7 +315,9 @@ class Run:
 
 def superseded_error(location: str) -> Superseded:
     """The fence's refusal."""
-    return Superseded(f"{location}: a newer attempt owns this run, so this one stops; nothing of its was touched")
+    return Superseded(
+        f"{location}: a newer attempt owns this run, so this one stops; nothing of its was touched"
+    )
 
 
 @dataclass(frozen=True)
@@ -296,26 +335,39 @@ class Claim:
             IdentityConflict: the name belongs to another run.
             InvalidData: record or configuration is garbage or of a newer format.
         """
+        stored = self._stored_record()  # read first, because it is created last
         config = read_config(self.store)
         if config is None:
+            if stored is not None:
+                raise InvalidData(
+                    f"{self.store.location} has a {RECORD} but no {CONFIG}, which says what run it is; "
+                    "restore it or choose another --name"
+                )
             return None
         if differences := Identity.from_json(config["identity"]).differences(self.identity):
             raise IdentityConflict(
                 f"{self.store.location} exists with another identity ({'; '.join(differences)}); "
                 "choose another --name, or leave --name out to get one of its own"
             )
+        if stored is None:
+            return None
+        data, version = stored
+        return Record.from_bytes(data, f"{self.store.location}/{RECORD}"), version
+
+    def _stored_record(self) -> tuple[bytes, str] | None:
         try:
-            data, version = self.store.read(RECORD)
+            return self.store.read(RECORD)
         except NotFound:
             return None
-        return Record.from_bytes(data, f"{self.store.location}/{RECORD}"), version
 
     def claim(self, *, keep: int) -> Run:
         """Become the run's owner: write its configuration where it is new, increment the attempt number."""
         for _ in range(CLAIM_TRIES):
-            if read_config(self.store) is None:
-                self._create_config()
             found = self.look()
+            if found is None:
+                self._create_config()
+                found = self.look()
+            outdated = [entry for entry in self.store.list() if entry.name in (MODEL, RESULT)]
             before, version = found if found else (Record(), None)
             after = replace(
                 before,
@@ -329,20 +381,19 @@ class Claim:
                 version = self.store.swap(RECORD, after.to_bytes(), version)
             except Conflict:
                 continue
-            return Run(self.store, after, version, keep=keep, config=read_config(self.store) or {})
+            config = read_config(self.store) or {}
+            return Run(self.store, after, version, keep=keep, config=config, outdated=outdated)
         raise superseded_error(self.store.location)
 
     def _create_config(self) -> None:
         values = {
             "format": FORMAT,
-            "created": time.time(),
             "identity": self.identity.to_json(),
-            "settings": self.settings,
+            "settings": {**self.settings, "created": time.time()},
         }
-        try:
+        # Another attempt may create it at the same time; look() compares it with ours.
+        with suppress(AlreadyExists):
             self.store.create(CONFIG, (json.dumps(values, indent=1) + "\n").encode())
-        except AlreadyExists:
-            pass  # another attempt created it at the same time; look() compares it with ours
 
 
 def read_config(store: Store) -> dict[str, Any] | None:
@@ -356,7 +407,8 @@ def read_config(store: Store) -> dict[str, Any] | None:
         Identity.from_json(config["identity"])
     except (KeyError, TypeError) as error:
         raise InvalidData(
-            f"{store.location}/{CONFIG} is not a run's configuration: {error}; restore it or choose another --name"
+            f"{store.location}/{CONFIG} is not a run's configuration: {error}; restore it or choose another "
+            "--name"
         ) from error
     return config
 

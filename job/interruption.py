@@ -1,9 +1,9 @@
 """Signals become a flag that the training loop reads, and a deadline that holds whatever the loop does.
 
 A Python signal handler waits while C++ imports, compiles or hangs in a collective. So the C-level handler
-writes to a pipe (``signal.set_wakeup_fd``), and a watchdog thread reads it: it ends the process when the grace
-is over, at once when there is nothing to save, and at a second signal. The last commit is intact at any instant,
-which makes ending at any instant safe.
+writes to a pipe (``signal.set_wakeup_fd``), and a watchdog thread reads it: it ends the process when the
+grace is over, at once when there is nothing to save, and at a second signal. The last commit is intact at any
+instant, which makes ending at any instant safe.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Interruption:
             self._exit("nothing is unsaved")
 
     def on_request(self, callback: Callable[[float], None]) -> None:
-        """Call back once, with the seconds left, from the watchdog's thread."""
+        """Call back once, with the seconds left, in the watchdog's thread, so without waiting or raising."""
         self._callbacks.append(callback)
 
     def raise_if_requested(self) -> None:
@@ -91,7 +91,10 @@ class Interruption:
 
     def _exit(self, reason: str) -> None:
         # os.write, not print: another thread may hold the stream's lock for ever.
-        os.write(self._stderr, f"Interrupted: {reason}; the last commit is intact, the same command continues.\n".encode())
+        os.write(
+            self._stderr,
+            f"Interrupted: {reason}; the last commit is intact, the same command continues.\n".encode(),
+        )
         os._exit(Interrupted.exit_code)
 
 

@@ -1,35 +1,44 @@
 """What people read of a run, made from its record alone: TensorBoard segments, model.keras, result.json.
 
-All of it is written after the swap that makes it true, create-only, and made again by any later start where it is
-missing. So a kill between the swap and these files loses nothing, and nothing is ever written twice.
+All of it is written after the swap that makes it true, create-only, and made again by any later start where
+it is missing. So a kill between the swap and these files loses nothing, and nothing is ever written twice.
+
+The result of a run that was extended is the one thing that gets old. An attempt that was frozen before it
+wrote the shorter result may write it at any time later, so whoever publishes a result replaces one that
+differs.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import keras
+import numpy as np
 
 from job import cifar10, events, pictures
-from job.checkpoints import Record
-from job.storage import AlreadyExists, Store
-
-MODEL, RESULT = "model.keras", "result.json"
+from job.checkpoints import MODEL, RESULT, Record, read_record
+from job.errors import InvalidData
+from job.storage import AlreadyExists, NotFound, Store
 
 
 class Publication:
     """Writes one run's readable files."""
 
-    def __init__(self, store: Store, config: dict[str, Any], sample: cifar10.Split, model: keras.Model) -> None:
+    def __init__(
+        self, store: Store, config: dict[str, Any], sample: cifar10.Split, model: keras.Model
+    ) -> None:
         self._store = store
         self._config = config
-        self._grid = pictures.png(cifar10.class_grid(sample))
+        fewest = int(np.bincount(sample.labels, minlength=len(cifar10.CLASSES)).min())
+        self._grid = pictures.png(cifar10.class_grid(sample, per_class=min(10, fewest)))
         self._graph = layer_graph(model)
 
     def publish(self, record: Record) -> None:
         """Write what the record implies and the run lacks."""
-        existing = {entry.name for entry in self._store.list()}
+        existing = {entry.name: entry.version for entry in self._store.list()}
         content = record.to_json()
         for name, data in events.segments(
             self._config, content, self._grid, self._graph, existing=existing
@@ -38,25 +47,43 @@ class Publication:
         if record.state == "complete":
             self._publish_result(record, existing)
 
-    def _publish_result(self, record: Record, existing: set[str]) -> None:
-        if MODEL not in existing:
-            self._store.copy(record.commits[0].name, MODEL)
-        if RESULT not in existing:
-            create_once(self._store, RESULT, (json.dumps(record.result, indent=1) + "\n").encode())
+    def _publish_result(self, record: Record, existing: dict[str, str]) -> None:
+        """Write model and result, unless a newer attempt owns the run.
 
-    def withdraw_result(self) -> None:
-        """Remove what an earlier, shorter completion of this run left, before it trains on."""
-        for entry in self._store.list():
-            if entry.name in (MODEL, RESULT):
-                self._store.delete(entry.name, entry.version)
+        The record is read after ``existing`` was listed. So what was listed and differs is older than the
+        record, and its version can be deleted: nobody newer can have written it.
+        """
+        if read_record(self._store).to_bytes() != record.to_bytes():
+            return
+        data = (json.dumps(record.result, indent=1) + "\n").encode()
+        self._replace(MODEL, existing, lambda: self._copy_model(record, existing))
+        self._replace(RESULT, existing, lambda: self._store.create(RESULT, data))
+
+    def _replace(self, name: str, existing: dict[str, str], create: Callable[[], None]) -> None:
+        try:
+            create()
+        except AlreadyExists:
+            if name in existing:
+                self._store.delete(name, existing[name])
+                with suppress(AlreadyExists):
+                    create()
+
+    def _copy_model(self, record: Record, existing: dict[str, str]) -> None:
+        checkpoint = record.commits[0].name
+        try:
+            self._store.copy(checkpoint, MODEL)
+        except NotFound as error:
+            if MODEL not in existing:
+                raise InvalidData(
+                    f"{self._store.location} is complete, but {checkpoint} and {MODEL} are missing; "
+                    "restore one of them"
+                ) from error
 
 
 def create_once(store: Store, name: str, data: bytes) -> None:
     """Create an object, or keep the one that an earlier attempt made of the same entry."""
-    try:
+    with suppress(AlreadyExists):
         store.create(name, data)
-    except AlreadyExists:
-        pass
 
 
 def layer_graph(model: keras.Model) -> bytes:

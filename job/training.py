@@ -177,7 +177,7 @@ class Attempt:
             self._reporter.note(f"continuing from step {self._progress.step}")
         self._trainer.state = state
         self._committed = (self._progress.step, time.monotonic())
-        self._publication.withdraw_result()
+        self._run.withdraw_result()
         self._run.prune_lower_attempts()
         self._publication.publish(self._run.record)
 

@@ -16,7 +16,7 @@ from job.trainer import Trainer
 
 DEVICES = 4
 _bases = itertools.count(1)
-TINY = Network(blocks=(1, 1), filters=4)
+TINY = Network(blocks=(1, 1), filters=8)
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * DEVICES
@@ -44,7 +44,7 @@ def split_of(count: int, *, seed: int = 0) -> Split:
     return Split(images.astype(np.uint8), labels)
 
 
-def dataset_of(train: int = 88, test: int = 30) -> Dataset:
+def dataset_of(train: int = 108, test: int = 30) -> Dataset:
     """A data set that no one would mistake for CIFAR-10."""
     return Dataset(split_of(train), split_of(test, seed=1), sha256="5" * 64)
 

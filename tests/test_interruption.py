@@ -1,0 +1,209 @@
+"""Signals in real processes: each must leave with 75 in time, whatever it is doing, without TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from job.errors import Interrupted
+
+ROOT = Path(__file__).parents[1]
+PRELUDE = """
+import ctypes, os, signal, sys, time
+from job.interruption import Interruption, leave
+interruption = Interruption({grace})
+interruption.install()
+MUTEX = ctypes.create_string_buffer(128)
+"""
+LONG = 30.0  # seconds that no test may last
+PROMPT = 2.0  # "at once", on a machine that does other work as well
+STUCK = {
+    "Python": "while True: sum(range(1000))",
+    # A deadlock on a mutex: no signal ends it, and the main thread never runs a Python signal handler again.
+    "native code": "for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(MUTEX)",
+    "a system call": "os.read(os.pipe()[0], 1)",  # which Python restarts after a signal
+}
+
+
+@dataclass
+class Child:
+    process: subprocess.Popen[str]
+
+    def send(self, number: int) -> float:
+        """Signal the child and return the moment."""
+        self.process.send_signal(number)
+        return time.monotonic()
+
+    def end(self, since: float) -> tuple[int, float, str]:
+        """Return the exit code, the seconds that it took, and the rest of what the child said."""
+        code = self.process.wait(timeout=LONG)
+        seconds = time.monotonic() - since
+        assert self.process.stdout is not None
+        return code, seconds, self.process.stdout.read()
+
+
+@contextlib.contextmanager
+def child(body: str, *, grace: float = 20.0) -> Iterator[Child]:
+    """Run ``body`` after a signal handler was installed; it has printed "ready" when this returns."""
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", PRELUDE.format(grace=grace) + body],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield Child(process)
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stuck", STUCK)
+def test_nothing_unsaved_ends_at_once(stuck, number):
+    with child(f"print('ready')\n{STUCK[stuck]}") as process:
+        code, seconds, text = process.end(process.send(number))
+    assert code == Interrupted.exit_code
+    assert seconds < PROMPT
+    assert text == "Interrupted: nothing is unsaved; the last commit is intact, the same command continues.\n"
+
+
+@pytest.mark.parametrize("stuck", STUCK)
+def test_the_watchdog_ends_what_does_not_stop_by_itself_shortly_before_the_grace_is_over(stuck):
+    with child(f"interruption.unsaved(True); print('ready')\n{STUCK[stuck]}", grace=2.0) as process:
+        code, seconds, text = process.end(process.send(signal.SIGTERM))
+    assert code == Interrupted.exit_code
+    assert 1.4 < seconds < 2.0
+    assert "the grace of 2 s is over" in text
+
+
+@pytest.mark.parametrize("stuck", STUCK)
+def test_a_second_signal_ends_at_once(stuck):
+    with child(f"interruption.unsaved(True); print('ready')\n{STUCK[stuck]}") as process:
+        process.send(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.process.poll() is None
+        code, seconds, text = process.end(process.send(signal.SIGINT))
+    assert code == Interrupted.exit_code
+    assert seconds < PROMPT
+    assert "a second signal came" in text
+
+
+def test_the_orderly_way_saves_and_leaves_with_its_own_code():
+    body = """
+interruption.unsaved(True)
+print("ready")
+assert interruption.seconds_left == float("inf")
+interruption.raise_if_requested()
+while not interruption.requested:
+    time.sleep(0.01)
+left = interruption.seconds_left
+print("saved with", 18.0 < left < 20.0)
+leave(75)
+"""
+    with child(body) as process:
+        code, seconds, text = process.end(process.send(signal.SIGTERM))
+    assert (code, text) == (75, "saved with True\n")
+    assert seconds < PROMPT
+
+
+def test_work_that_was_saved_after_the_signal_need_not_wait():
+    body = """
+interruption.unsaved(True)
+print("ready")
+while not interruption.requested:
+    time.sleep(0.01)
+interruption.unsaved(False)
+print("not reached")
+"""
+    with child(body) as process:
+        code, _, text = process.end(process.send(signal.SIGTERM))
+    assert code == 75
+    assert "nothing is unsaved" in text
+    assert "not reached" not in text
+
+
+def test_a_request_raises_and_calls_back_once_with_the_time_left():
+    body = """
+from job.errors import Interrupted
+calls = []
+interruption.on_request(calls.append)
+interruption.unsaved(True)
+print("ready")
+while not calls:
+    time.sleep(0.01)
+try:
+    interruption.raise_if_requested()
+except Interrupted as error:
+    print(error.exit_code, len(calls), 18.0 < calls[0] < 20.0)
+leave(0)
+"""
+    with child(body) as process:
+        code, _, text = process.end(process.send(signal.SIGTERM))
+    assert (code, text) == (0, "75 1 True\n")
+
+
+def test_other_signals_do_not_ask_to_stop():
+    body = """
+signal.signal(signal.SIGUSR1, lambda *_: None)
+print("ready")
+signal.pause()
+time.sleep(0.3)
+print(interruption.requested)
+leave(0)
+"""
+    with child(body) as process:
+        code, _, text = process.end(process.send(signal.SIGUSR1))
+    assert (code, text) == (0, "False\n")
+
+
+def test_the_last_words_come_through_although_standard_error_is_redirected():
+    body = f"""
+import tempfile
+print("ready")
+with tempfile.TemporaryFile() as held:
+    os.dup2(held.fileno(), 2)
+    {STUCK["native code"]}
+"""
+    with child(body) as process:
+        time.sleep(0.3)
+        code, _, text = process.end(process.send(signal.SIGTERM))
+    assert code == 75
+    assert "nothing is unsaved" in text
+
+
+def test_signals_reach_the_first_process_of_a_container_too():
+    """The kernel drops a signal to process 1 unless it has a handler, also one that waits for its turn."""
+    body = """
+print("ready")
+print(open("/proc/self/status").read())
+leave(0)
+"""
+    with child(body) as process:
+        _, _, text = process.end(time.monotonic())
+    caught = int(text.split("SigCgt:")[1].split()[0], 16)
+    assert all(caught >> (number - 1) & 1 for number in (signal.SIGTERM, signal.SIGINT))
+
+
+def test_leave_flushes_and_skips_every_teardown():
+    body = """
+import atexit
+atexit.register(lambda: print("teardown"))
+print("ready")
+sys.stdout = open(1, "w", buffering=10000, closefd=False)
+print("last words")
+leave(79)
+"""
+    with child(body) as process:
+        code, _, text = process.end(time.monotonic())
+    assert (code, text) == (79, "last words\n")
