@@ -25,13 +25,30 @@ GPU     := --python-version 3.12 --python-platform x86_64-manylinux_2_39 --only-
 PLAN    := $(BIN)/uv pip install --quiet --dry-run --require-hashes --only-binary :all: \
            --python $(BIN)/python --target $(VENV)/planned
 
+# Kubernetes: what k8s-validate checks against, the oldest and the newest version that will do
+KUBERNETES := 1.31 1.37
+NAMESPACE  := cifar-residual-job
+OURS       := app.kubernetes.io/part-of=$(NAMESPACE)
+OVERLAY    ?=
+ALL        ?=
+# the user's own kubectl, which knows the way into their cluster, else the environment's
+KUBECTL    ?= $(or $(shell command -v kubectl),$(BIN)/kubectl)
+CLUSTER     = $(KUBECTL) --namespace $(NAMESPACE)
+MANIFESTS   = k8s/$(if $(OVERLAY),overlays/$(OVERLAY),base)
+# the manifests with IMAGE in place of the images' name; its tag counts if it has one
+RENDER      = $(KUBECTL) kustomize $(MANIFESTS) | sed -E 's|image: cifar-residual-job(-tensorboard)?:(.*)|image: $(K8S_NAME)\1:$(K8S_TAG)|'
+K8S_IMAGE   = $(or $(IMAGE),cifar-residual-job)
+K8S_TAG     = $(or $(word 2,$(subst :, ,$(notdir $(K8S_IMAGE)))),\2)
+K8S_NAME    = $(patsubst %:$(K8S_TAG),%,$(K8S_IMAGE))
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo data run tensorboard test test-slow test-all check format lock check-lock clean
+.PHONY: k8s-validate k8s-apply k8s-status k8s-logs k8s-tensorboard k8s-rerun k8s-delete
 
 ##@ Start here
 help: ## list the commands
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY) ## train both networks on the embedded sample and compare them (about a minute)
 	$(JOB) train --model resnet --data sample --output $(RUNS)/demo $(DEMO_ARGS)
@@ -48,6 +65,50 @@ run: $(READY) ## train MODEL=resnet or MODEL=plainnet [ARGS="--epochs 2 ..."]
 
 tensorboard: $(READY) ## show the runs of RUNS side by side in a browser
 	$(BIN)/tensorboard --logdir $(RUNS) $(ARGS)
+
+##@ Kubernetes
+k8s-validate: $(READY) ## render every overlay and check it against the oldest and newest Kubernetes
+	@for folder in k8s/base k8s/overlays/*; do \
+		$(BIN)/kubectl kustomize $$folder > $(VENV)/rendered.yaml || exit; \
+		for version in $(KUBERNETES); do \
+			$(BIN)/kubernetes-validate --strict --quiet -k $$version $(VENV)/rendered.yaml || exit; \
+			echo "$$folder is valid for Kubernetes $$version"; \
+		done; \
+	done
+
+k8s-apply: ## start everything, or what has changed [OVERLAY=cpu IMAGE=registry/cifar-residual-job]
+	@$(CHECK_MANIFESTS)
+	$(RENDER) | $(KUBECTL) apply -f -
+
+k8s-status: ## show the Jobs, their pods and what they use
+	$(CLUSTER) get jobs,pods,deployments,persistentvolumeclaims -o wide
+
+k8s-logs: ## print the logs of all pods of MODEL=resnet or MODEL=plainnet [ARGS=--follow]
+	@test -n "$(MODEL)" || { echo "MODEL must be resnet or plainnet, but it is empty; example: make k8s-logs MODEL=resnet" >&2; exit 2; }
+	$(CLUSTER) logs -l app.kubernetes.io/component=training,app.kubernetes.io/name=$(MODEL) \
+		--all-containers --prefix --ignore-errors --tail=-1 --max-log-requests=20 $(ARGS)
+
+k8s-tensorboard: ## show the cluster's runs on localhost:6006, also when no training pod is left
+	@if test -z "$$($(CLUSTER) get deployment tensorboard -o 'jsonpath={.status.availableReplicas}')" && \
+		test -z "$$($(CLUSTER) get pods -l app.kubernetes.io/component=training -o name \
+			--field-selector=status.phase!=Succeeded,status.phase!=Failed)"; then \
+		echo "No training pod is left for TensorBoard to be beside: it may start anywhere, until the next k8s-apply."; \
+		$(CLUSTER) patch deployment tensorboard --type=merge -p '{"spec":{"template":{"spec":{"affinity":null}}}}'; \
+	fi
+	$(CLUSTER) rollout status deployment/tensorboard --timeout=5m
+	$(CLUSTER) port-forward service/tensorboard 6006:6006
+
+k8s-rerun: ## make the Jobs again, for changed settings; finished runs stay [OVERLAY= IMAGE=]
+	@$(CHECK_MANIFESTS)
+	$(CLUSTER) delete jobs,pods -l $(OURS) --cascade=foreground --ignore-not-found
+	$(RENDER) | $(KUBECTL) apply -f -
+
+k8s-delete: ## delete everything but the volume with data and runs [ALL=1: that too, for ever]
+ifeq ($(ALL),1)
+	$(KUBECTL) delete namespace $(NAMESPACE) --ignore-not-found
+else
+	$(CLUSTER) delete jobs,deployments,services,networkpolicies,configmaps,serviceaccounts -l $(OURS) --ignore-not-found
+endif
 
 ##@ Development
 test: $(READY) ## the fast tests, without a network (a few minutes) [ARGS="-k name"]
@@ -109,4 +170,8 @@ define NO_PYTHON
 	done; \
 	echo "Install one, or name one: make PYTHON=/path/to/python3.12 ..."; \
 } >&2
+endef
+
+define CHECK_MANIFESTS
+test -d $(MANIFESTS) || { echo "OVERLAY must be one of: $(notdir $(wildcard k8s/overlays/*)); not $(OVERLAY)" >&2; exit 2; }
 endef

@@ -22,7 +22,9 @@ class EpochPlan:
     flips: npt.NDArray[np.bool_]  # [N] mirrored left to right
 
     @classmethod
-    def draw(cls, *, images: int, seed: int, epoch: int, crop_padding: int = 0, flip: bool = False) -> EpochPlan:
+    def draw(
+        cls, *, images: int, seed: int, epoch: int, crop_padding: int = 0, flip: bool = False
+    ) -> EpochPlan:
         """Plan epoch ``epoch`` (counted from 0) over ``images`` images.
 
         Each of three columns of words has its own use, so that switching augmentation on or off

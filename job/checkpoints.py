@@ -16,14 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from job.config import FORMAT, Identity
-from job.errors import IdentityConflict, InvalidData, JobError, StorageFailed, Superseded
-from job.storage import AlreadyExists, Conflict, Entry, NotFound, Store, crc32c, disk_errors
+from job.errors import IdentityConflict, InvalidData, JobError, MissingInput, StorageFailed, Superseded
+from job.storage import AlreadyExists, Conflict, Entry, NotFound, Store, crc32c, disk_errors, open_store
 
 CONFIG, RECORD = "config.json", "record.json"
 MODEL, RESULT = "model.keras", "result.json"  # of a complete run
@@ -416,3 +416,13 @@ def read_config(store: Store) -> dict[str, Any] | None:
 def read_record(store: Store) -> Record:
     """A run's record. Raises NotFound where there is none."""
     return Record.from_bytes(store.read(RECORD)[0], f"{store.location}/{RECORD}")
+
+
+def read_identity(location: str) -> Identity:
+    """The identity of the run at ``location``. Raises MissingInput where there is none."""
+    with closing(open_store(location)) as store:
+        store.check(write=False)
+        config = read_config(store)
+    if config is None:
+        raise MissingInput(f"{location} must hold a run, but has no {CONFIG}; name the folder of one run")
+    return Identity.from_json(config["identity"])

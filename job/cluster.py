@@ -44,7 +44,8 @@ def connect(settings: Settings) -> Cluster:
     gpus = tf.config.list_physical_devices("GPU")
     if settings.require_gpu and not gpus:
         raise ResourceUnavailable(
-            "--require-gpu: TensorFlow sees no GPU on this machine; check the driver, the container's GPU access "
+            "--require-gpu: TensorFlow sees no GPU on this machine; check the driver, the "
+            "container's GPU access "
             "(docker run --gpus all; nvidia.com/gpu in a pod), or leave the option out to train on the CPU"
         )
     return _on_gpus(gpus, settings.replicas) if gpus else _on_cpus(settings.replicas or 1)
@@ -53,12 +54,15 @@ def connect(settings: Settings) -> Cluster:
 def _on_gpus(gpus: list[tf.config.PhysicalDevice], replicas: int | None) -> Cluster:
     count = replicas or len(gpus)
     if count > len(gpus):
-        raise UsageError(f"--replicas must not exceed the {len(gpus)} GPUs here, not {count}; example: --replicas 1")
+        raise UsageError(
+            f"--replicas must not exceed the {len(gpus)} GPUs here, not {count}; example: --replicas 1"
+        )
     tf.config.set_visible_devices(gpus[:count], "GPU")
     for gpu in gpus[:count]:
         tf.config.experimental.set_memory_growth(gpu, True)
     names = tuple(
-        str(tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)) for gpu in gpus[:count]
+        str(tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name))
+        for gpu in gpus[:count]
     )
     return Cluster(local_strategy("GPU", count), names, on_gpu=True, replicas=count)
 
@@ -89,7 +93,9 @@ def _cpuinfo() -> list[str]:
         return []
 
 
-def resolve_precision(wanted: Literal["auto", "float32", "bfloat16", "float16"], cluster: Cluster) -> Precision:
+def resolve_precision(
+    wanted: Literal["auto", "float32", "bfloat16", "float16"], cluster: Cluster
+) -> Precision:
     """Choose the fastest precision that the hardware computes natively, where "auto" leaves the choice."""
     if wanted != "auto":
         return wanted
@@ -114,3 +120,8 @@ def resolve_xla(wanted: Literal["auto", "on", "off"], cluster: Cluster, *, sync_
             "example: --xla on --no-sync-batch-norm"
         )
     return wanted == "on" or (wanted == "auto" and cluster.on_gpu and possible)
+
+
+def look_for_devices() -> None:
+    """Make TensorFlow look for devices now, with the notes that it writes about them."""
+    tf.config.list_physical_devices()

@@ -35,16 +35,21 @@ class Network:
 
     def __post_init__(self) -> None:
         if self.model not in ("resnet", "plainnet"):
-            raise UsageError(f"the model must be resnet or plainnet, not {self.model!r}; example: --model resnet")
+            raise UsageError(
+                f"the model must be resnet or plainnet, not {self.model!r}; example: --model resnet"
+            )
         if not self.blocks or min(self.blocks) < 1:
             raise UsageError(
-                f"every stage needs at least 1 block, but blocks are {self.blocks_text!r}; example: --blocks 3,3,3"
+                f"every stage needs at least 1 block, but blocks are {self.blocks_text!r}; example: "
+                f"--blocks 3,3,3"
             )
         most = int(math.log2(IMAGE_SIZE)) + 1
         if len(self.blocks) > most:
             raise UsageError(
-                f"each stage after the first halves the {IMAGE_SIZE}x{IMAGE_SIZE} map, so at most {most} stages "
-                f"keep it at one pixel or more, but blocks are {self.blocks_text!r}; example: --blocks 2,5,5,2"
+                f"each stage after the first halves the {IMAGE_SIZE}x{IMAGE_SIZE} map, so at most "
+                f"{most} stages "
+                f"keep it at one pixel or more, but blocks are {self.blocks_text!r}; example: "
+                f"--blocks 2,5,5,2"
             )
         if self.filters < 1:
             raise UsageError(f"filters must be at least 1, not {self.filters}; example: --filters 16")
@@ -148,9 +153,7 @@ class Identity:
     def from_json(cls, values: dict[str, Any]) -> Identity:
         """Inverse of :meth:`to_json`."""
         return cls(
-            network=Network(
-                model=values["model"], blocks=tuple(values["blocks"]), filters=values["filters"]
-            ),
+            network=Network(model=values["model"], blocks=tuple(values["blocks"]), filters=values["filters"]),
             recipe=Recipe(name=values["recipe"], **values["recipe_values"]),
             **{key: values[key] for key in ("batch_size", "seed", "holdout", "precision", "sync_batch_norm")},
             data_sha256=values["data_sha256"],
@@ -186,7 +189,9 @@ class Cadence:
         """Read ``1epoch``, ``500steps``, ``10min`` or ``30s``. Raises ValueError with the rule."""
         match = re.fullmatch(r"(\d+)\s*(epochs?|steps?|min|s)", text.strip())
         if not match or int(match[1]) < 1:
-            raise ValueError(f"must be a whole number of epochs, steps, min or s, not {text!r}; example: 500steps")
+            raise ValueError(
+                f"must be a whole number of epochs, steps, min or s, not {text!r}; example: 500steps"
+            )
         count, unit = int(match[1]), match[2]
         if unit.startswith("epoch"):
             return cls(count=count, unit="epoch")
@@ -249,7 +254,9 @@ class Settings:
     @staticmethod
     def _at_least(option: str, value: int, least: int) -> None:
         if value < least:
-            raise UsageError(f"{option} must be at least {least}, not {value}; example: {option} {max(least, 2)}")
+            raise UsageError(
+                f"{option} must be at least {least}, not {value}; example: {option} {max(least, 2)}"
+            )
 
     def identity(self, *, precision: Literal["float32", "bfloat16", "float16"], data_sha256: str) -> Identity:
         """The run that these settings name, once hardware and data are known."""
@@ -287,13 +294,12 @@ def check_batches(*, batch_size: int, images: int, replicas: int) -> None:
         return
     raise UsageError(
         f"the global batch and the last batch of an epoch must divide by the {replicas} replicas, but "
-        f"--batch-size {batch_size} leaves batches of {batch_size} and {last or batch_size} of {images} images; "
+        f"--batch-size {batch_size} leaves batches of {batch_size} and {last or batch_size} of "
+        f"{images} images; "
         f"valid near it: {', '.join(map(str, _valid_batches(batch_size, images, replicas)))}"
     )
 
 
 def _valid_batches(batch_size: int, images: int, replicas: int) -> list[int]:
-    valid = [
-        size for size in range(replicas, images + 1, replicas) if images % size % replicas == 0
-    ]
+    valid = [size for size in range(replicas, images + 1, replicas) if images % size % replicas == 0]
     return sorted(sorted(valid, key=lambda size: abs(size - batch_size))[:5])

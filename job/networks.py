@@ -80,7 +80,7 @@ class _Layers:
 
 
 def residual_block(make: _Layers, x: Tensor, *, filters: int, halve: bool, name: str) -> Tensor:
-    """relu_bn(convolutions(x) + shortcut(x)); the shortcut is x itself or a bare 1x1 projection of stride 2."""
+    """relu_bn(convolutions(x) + shortcut(x)); the shortcut is x or a bare 1x1 projection of stride 2."""
     y = make.relu_bn(make.convolution(filters, halve=halve, name=f"{name}_conv1")(x))
     y = make.convolution(filters, name=f"{name}_conv2")(y)
     shortcut = make.convolution(filters, size=1, halve=True, name=f"{name}_shortcut")(x) if halve else x
@@ -101,9 +101,9 @@ def multiply_accumulates(model: keras.Model) -> int:
 def _layer_multiply_accumulates(layer: layers.Layer) -> int:
     if isinstance(layer, layers.Conv2D):
         _, height, width, _ = layer.output.shape
-        return height * width * math.prod(layer.kernel.shape)
+        return int(height * width * math.prod(layer.kernel.shape))
     if isinstance(layer, layers.Dense):
-        return math.prod(layer.kernel.shape)
+        return int(math.prod(layer.kernel.shape))
     return 0
 
 
@@ -113,7 +113,15 @@ def describe(model: keras.Model) -> str:
     for layer in model.layers:
         shape = "x".join(str(size) for size in layer.output.shape[1:])
         work = _layer_multiply_accumulates(layer)
-        rows.append((layer.name, type(layer).__name__, shape, f"{layer.count_params():,}", f"{work:,}" if work else ""))
+        rows.append(
+            (
+                layer.name,
+                type(layer).__name__,
+                shape,
+                f"{layer.count_params():,}",
+                f"{work:,}" if work else "",
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [
         "  ".join(
@@ -129,7 +137,8 @@ def describe(model: keras.Model) -> str:
     )
     projections = sum(layer.name.endswith("_shortcut") for layer in model.layers)
     lines.append(
-        f"\n{model.name}: {main_path} convolution and dense layers on the main path, {projections} projections, "
+        f"\n{model.name}: {main_path} convolution and dense layers on the main path, {projections} "
+        f"projections, "
         f"{model.count_params():,} parameters, {multiply_accumulates(model):,} multiply-accumulates an image"
     )
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Batch normalization whose statistics are accurate, fast on CPUs, and may span all replicas.
 
 Keras 3 composes its layer of many small operations on TensorFlow, and TensorFlow's fused kernel on CPUs adds
-131,072 float32 values in a row: its variance was off by 3e-4 (measured at [128, 32, 32, 16]). Here sums are taken
-in two levels, over the pixels of an image and then over the images: off by 3e-7, in half the time.
+131,072 float32 values in a row: its variance was off by 3e-4 (measured at [128, 32, 32, 16]). Here sums
+are taken in two levels, over the pixels of an image and then over the images: off by 3e-7, in half the time.
 """
 
 from __future__ import annotations
@@ -20,19 +20,26 @@ class BatchNormalization(keras.layers.BatchNormalization):
     """keras.layers.BatchNormalization over the channels of [N, H, W, C], one code for one and many replicas.
 
     Same variables, values, gradients and moving statistics up to float rounding; a test holds it to that.
-    With ``synchronized=True`` the statistics are those of the global batch: one all-reduce of 2C numbers forward
-    and one backward. Replicas must hold equally many images.
+    With ``synchronized=True`` the statistics are those of the global batch: one all-reduce of 2C numbers
+    forward and one backward. Replicas must hold equally many images.
     """
 
     def call(self, inputs: tf.Tensor, training: bool | None = None, mask: Any = None) -> tf.Tensor:
         """Normalize by the batch's statistics in training, else by the moving ones."""
         gamma, beta = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
         if not training:
-            mean, variance = tf.convert_to_tensor(self.moving_mean), tf.convert_to_tensor(self.moving_variance)
+            mean, variance = (
+                tf.convert_to_tensor(self.moving_mean),
+                tf.convert_to_tensor(self.moving_variance),
+            )
             scale = gamma * tf.math.rsqrt(variance + self.epsilon)
             return _scale_and_shift(inputs, scale, beta - mean * scale)
         outputs, mean, variance = normalize(
-            inputs, gamma, beta, epsilon=self.epsilon, all_reduce=_all_reduce if self.synchronized else tf.identity
+            inputs,
+            gamma,
+            beta,
+            epsilon=self.epsilon,
+            all_reduce=_all_reduce if self.synchronized else tf.identity,
         )
         self._move(self.moving_mean, mean)
         self._move(self.moving_variance, variance)
@@ -69,7 +76,9 @@ def normalize(
             mean_dy_normalized = (mean_dy_x - mean * mean_dy) * inverse
             slope = scale * mean_dy_normalized * inverse
             shift = scale * mean_dy - slope * mean
-            gradient_inputs = _scale_and_shift(upstream, scale, -shift) - inputs * tf.cast(slope, inputs.dtype)
+            gradient_inputs = _scale_and_shift(upstream, scale, -shift) - inputs * tf.cast(
+                slope, inputs.dtype
+            )
             # This replica's share: the optimizer sums over the replicas.
             gradient_gamma = (local[1] - mean * local[0]) * inverse * count
             return gradient_inputs, gradient_gamma, local[0] * count

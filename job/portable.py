@@ -27,7 +27,10 @@ class State:
 
     weights: list[npt.NDArray[Any]]  # of the network, moving statistics included
     optimizer: list[npt.NDArray[Any]]  # iterations, learning rate, moments
-    loss_scale: tuple[float, int] = (LOSS_SCALE_START, 0)  # and the finite steps since it changed; float16 only
+    loss_scale: tuple[float, int] = (
+        LOSS_SCALE_START,
+        0,
+    )  # and the finite steps since it changed; float16 only
 
 
 def make_optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:

@@ -1,4 +1,4 @@
-"""What a person or a log collector reads while the job works: a progress line on a terminal, else one line an epoch."""
+"""What people and log collectors read while the job works."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ log = logging.getLogger("job")
 class Reporter:
     """Writes progress to standard error and results to standard output.
 
-    ``format`` is "plain", "json" (one object a line with ``severity`` and ``message``, as Google Cloud's and most
-    collectors read it), or "auto": a live line where standard error is a terminal, else plain lines.
+    ``format`` is "plain", "json" (one object a line with ``severity`` and ``message``, as Google Cloud's
+    and most collectors read it), or "auto": a live line where standard error is a terminal, else plain lines.
     """
 
     def __init__(self, format: str = "auto", out: TextIO | None = None) -> None:
@@ -26,7 +26,9 @@ class Reporter:
         self._live = format == "auto" and self._out.isatty()
         self._shown = 0.0
         handler = logging.StreamHandler(self._out)
-        handler.setFormatter(_JsonFormatter() if self._json else logging.Formatter("%(levelname)s: %(message)s"))
+        handler.setFormatter(
+            _JsonFormatter() if self._json else logging.Formatter("%(levelname)s: %(message)s")
+        )
         log.handlers[:] = [handler]
         log.propagate = False
 
@@ -52,7 +54,8 @@ class Reporter:
         """Tell an epoch's results."""
         train, validation = entry["train"], entry["validation"]
         message = (
-            f"epoch {entry['epoch'] + 1}/{epochs}: loss {train['loss']:.4f}, accuracy {train['accuracy']:.4f}, "
+            f"epoch {entry['epoch'] + 1}/{epochs}: loss {train['loss']:.4f}, accuracy "
+            f"{train['accuracy']:.4f}, "
             f"validation loss {validation['loss']:.4f}, validation accuracy {validation['accuracy']:.4f}, "
             f"{train['images_per_second']:.0f} images/s, about {duration(seconds_left)} left"
         )

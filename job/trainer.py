@@ -1,7 +1,7 @@
 """The compiled replica step: K optimizer steps per call, and predictions on every image once.
 
-``tf.distribute`` underneath, no ``fit``: Keras 3's adapter refuses MultiWorkerMirroredStrategy's values, and a
-call that loops on the device over device-resident images leaves the host nothing to feed.
+``tf.distribute`` underneath, no ``fit``: Keras 3's adapter refuses MultiWorkerMirroredStrategy's values,
+and a call that loops on the device over device-resident images leaves the host nothing to feed.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Trainer:
             self._finite_steps = tf.Variable(0, trainable=False)
         self._logits = keras.Model(self.network.input, self.network.get_layer("logits").output)
         self.train_split = DeviceSplit(train, self._strategy)
-        self._forward_backward = tf.function(self._loss_and_gradients, jit_compile=True) if xla else (
-            self._loss_and_gradients
+        self._forward_backward = (
+            tf.function(self._loss_and_gradients, jit_compile=True) if xla else (self._loss_and_gradients)
         )
         # Dynamic shapes: one trace serves every number of steps and the smaller last batch of an epoch.
         self._train_call = tf.function(
@@ -173,7 +173,13 @@ class Trainer:
             self.optimizer.learning_rate.assign(rates[step])
             loss, correct, gradients = self._strategy.run(
                 self._replica_gradients,
-                args=(self.train_split.images, self.train_split.labels, order[step], offsets[step], flips[step]),
+                args=(
+                    self.train_split.images,
+                    self.train_split.labels,
+                    order[step],
+                    offsets[step],
+                    flips[step],
+                ),
             )
             self._update(gradients)
             losses = losses.write(step, self._sum(loss))
@@ -186,7 +192,7 @@ class Trainer:
     def _replica_gradients(
         self, images: tf.Tensor, labels: tf.Tensor, order: tf.Tensor, offsets: tf.Tensor, flips: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
-        """This replica's slice of one global batch: summed loss, correct predictions, its share of the gradient."""
+        """This replica's slice of a batch: summed loss, correct predictions, its share of the gradient."""
         mine = self._my_slice(tf.shape(order)[0])
         chosen = order[mine]
         batch = tf.gather(images, chosen)
@@ -268,7 +274,9 @@ class Trainer:
         losses = tf.TensorArray(tf.float32, size=count)
         predicted = tf.TensorArray(tf.int32, size=count)
         for step in tf.range(count):
-            loss, classes = self._strategy.run(self._replica_predictions, args=(images, labels, positions[step]))
+            loss, classes = self._strategy.run(
+                self._replica_predictions, args=(images, labels, positions[step])
+            )
             losses = losses.write(step, self._strategy.gather(loss, axis=0))
             predicted = predicted.write(step, self._strategy.gather(classes, axis=0))
         return losses.concat(), predicted.concat()

@@ -1,4 +1,4 @@
-"""The story of an attempt: claim the run, build or restore, train epoch by epoch, evaluate, commit, finish."""
+"""The story of an attempt: claim the run, build or restore, train epochs, evaluate, commit, finish."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def train(settings: Settings, interruption: Interruption, reporter: Reporter) ->
         precision=hardware.resolve_precision(settings.precision, cluster), data_sha256=dataset.sha256
     )
     splits = Splits.of(dataset, settings.holdout)
-    check_batches(
-        batch_size=settings.batch_size, images=len(splits.train.labels), replicas=cluster.replicas
-    )
+    check_batches(batch_size=settings.batch_size, images=len(splits.train.labels), replicas=cluster.replicas)
     xla = hardware.resolve_xla(settings.xla, cluster, sync_batch_norm=settings.sync_batch_norm)
     location = storage.join(settings.output, settings.name or identity.default_name)
     with closing(storage.open_store(location)) as store, _host_lock(location, take_over=settings.take_over):
@@ -246,7 +244,8 @@ class Attempt:
         good = self._run.record.commits[0].progress.step if self._run.record.commits else None
         self._run.swap(state="diverged")
         raise Diverged(
-            f"the loss of step {step} is {losses[np.argmin(np.isfinite(losses))]}, not a finite number; the last good "
+            f"the loss of step {step} is {losses[np.argmin(np.isfinite(losses))]}, not a finite "
+            f"number; the last good "
             f"commit is {'none' if good is None else f'of step {good}'}; try a smaller --learning-rate"
         )
 
@@ -328,7 +327,9 @@ class Attempt:
 
         def write(path: Path) -> None:
             if not all(np.isfinite(array).all() for array in snapshot.weights):
-                raise Diverged(f"the weights of step {self._committed[0]} are not finite; nothing was committed")
+                raise Diverged(
+                    f"the weights of step {self._committed[0]} are not finite; nothing was committed"
+                )
             portable.save(self._twin, snapshot, path)
 
         self._run.commit(
@@ -374,7 +375,11 @@ class Attempt:
         test, confusion = self._tested()
         timed = [entry["train"] for entry in self._history if entry["train"]["images_per_second"]]
         return {
-            **{key: value for key, value in identity.to_json().items() if key not in ("recipe_values", "epochs")},
+            **{
+                key: value
+                for key, value in identity.to_json().items()
+                if key not in ("recipe_values", "epochs")
+            },
             "layers": identity.network.layers,
             "parameters": self._twin.count_params(),
             "epochs": self._progress.epoch,
@@ -431,7 +436,8 @@ def evaluate(location: str, *, data: str | None, replicas: int | None = None) ->
     dataset = cifar10.load(cifar10.locate(data))
     if dataset.sha256 != identity.data_sha256:
         raise IdentityConflict(
-            f"{location} was trained on data of SHA-256 {identity.data_sha256}, not {dataset.sha256}; name its data "
+            f"{location} was trained on data of SHA-256 {identity.data_sha256}, not "
+            f"{dataset.sha256}; name its data "
             "with --data"
         )
     tf.config.experimental.enable_op_determinism()

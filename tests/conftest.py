@@ -1,8 +1,9 @@
-"""One environment for all tests: TensorFlow's settings before its import, no user settings, the object store."""
+"""One environment for all tests: TensorFlow's settings, none of the user's, and the object store."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,6 @@ pytest_plugins = ["tests.gcs_server"]
 
 
 @pytest.fixture(autouse=True)
-def working_directory(tmp_path, monkeypatch):
+def working_directory(tmp_path: Any, monkeypatch: Any) -> None:
     """Relative defaults such as ``runs`` and ``data`` must never touch the checkout."""
     monkeypatch.chdir(tmp_path)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from job.batches import EpochPlan, steps_per_epoch
 from job.trainer import crop_and_flip
-
 
 GOLDEN = {
     "order": [0, 2, 1, 5, 4, 3, 6, 7],
@@ -15,11 +16,11 @@ GOLDEN = {
 }
 
 
-def draw(**changes) -> EpochPlan:
+def draw(**changes: Any) -> EpochPlan:
     return EpochPlan.draw(**{"images": 50, "seed": 3, "epoch": 1, "crop_padding": 4, "flip": True, **changes})
 
 
-def test_golden_values():
+def test_golden_values() -> None:
     """Streams that must never change: resuming an old run depends on them."""
     plan = draw(images=8, seed=0, epoch=0)
     assert plan.order.tolist() == GOLDEN["order"]
@@ -27,18 +28,18 @@ def test_golden_values():
     assert plan.flips.tolist() == GOLDEN["flips"]
 
 
-def test_each_image_once_and_from_seed_and_epoch_alone():
+def test_each_image_once_and_from_seed_and_epoch_alone() -> None:
     assert sorted(draw().order) == list(range(50))
     np.testing.assert_array_equal(draw().order, draw().order)
     assert draw(seed=4).order.tolist() != draw().order.tolist()
     assert draw(epoch=2).order.tolist() != draw().order.tolist()
 
 
-def test_augmentation_does_not_move_the_order():
+def test_augmentation_does_not_move_the_order() -> None:
     np.testing.assert_array_equal(draw(crop_padding=0, flip=False).order, draw().order)
 
 
-def test_crops_and_flips_are_uniform():
+def test_crops_and_flips_are_uniform() -> None:
     plan = draw(images=20_000)
     for axis in (0, 1):
         counts = np.bincount(plan.offsets[:, axis], minlength=9)
@@ -49,7 +50,7 @@ def test_crops_and_flips_are_uniform():
     assert not draw(crop_padding=0).offsets.any()
 
 
-def test_batches_cut_the_plan_in_order():
+def test_batches_cut_the_plan_in_order() -> None:
     plan = draw()
     cut = plan.batches(first=1, count=2, batch_size=16)
     np.testing.assert_array_equal(cut.order.ravel(), plan.order[16:48])
@@ -58,12 +59,14 @@ def test_batches_cut_the_plan_in_order():
     np.testing.assert_array_equal(last.order, [plan.order[48:]])
 
 
-@pytest.mark.parametrize(("images", "batch", "steps"), [(50_000, 128, 391), (50_000, 100, 500), (1_000, 1_000, 1)])
-def test_steps_per_epoch(images, batch, steps):
+@pytest.mark.parametrize(
+    ("images", "batch", "steps"), [(50_000, 128, 391), (50_000, 100, 500), (1_000, 1_000, 1)]
+)
+def test_steps_per_epoch(images: Any, batch: Any, steps: Any) -> None:
     assert steps_per_epoch(images, batch) == steps
 
 
-def test_a_real_crop_moves_pixels_and_fills_with_zeros():
+def test_a_real_crop_moves_pixels_and_fills_with_zeros() -> None:
     images = np.arange(1, 1 + 2 * 32 * 32 * 3, dtype=np.uint64).reshape(2, 32, 32, 3) % 251 + 1
     images = images.astype(np.uint8)
     moved = crop_and_flip(
@@ -75,7 +78,7 @@ def test_a_real_crop_moves_pixels_and_fills_with_zeros():
     assert not moved[1, :4].any()
 
 
-def test_flip_alone_mirrors():
+def test_flip_alone_mirrors() -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     flips = tf.constant([True, False, True])
     result = crop_and_flip(tf.constant(images), tf.zeros([3, 2], tf.int32), flips, padding=0).numpy()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ RESNET = Network(model="resnet")
 PLAINNET = Network(model="plainnet")
 
 
-def kinds(model: keras.Model, kind: type) -> list[keras.layers.Layer]:
+def kinds(model: keras.Model, kind: type) -> list[Any]:
     return [layer for layer in model.layers if isinstance(layer, kind)]
 
 
@@ -27,7 +29,7 @@ def plainnet() -> keras.Model:
     return networks.build(PLAINNET)
 
 
-def test_parameter_counts_are_the_articles(resnet, plainnet):
+def test_parameter_counts_are_the_articles(resnet: Any, plainnet: Any) -> None:
     assert resnet.count_params() == 15_619_990
     assert plainnet.count_params() == 15_447_062
     projections = [layer for layer in resnet.layers if layer.name.endswith("_shortcut")]
@@ -35,7 +37,7 @@ def test_parameter_counts_are_the_articles(resnet, plainnet):
 
 
 @pytest.mark.parametrize("network", [RESNET, PLAINNET], ids=lambda network: network.model)
-def test_output_shapes_layer_by_layer(network):
+def test_output_shapes_layer_by_layer(network: Any) -> None:
     model = networks.build(network)
     main_path = [layer for layer in kinds(model, layers.Conv2D) if not layer.name.endswith("_shortcut")]
     expected = [(32, 32, 64)] * 5 + [(16, 16, 128)] * 10 + [(8, 8, 256)] * 10 + [(4, 4, 512)] * 4
@@ -46,7 +48,7 @@ def test_output_shapes_layer_by_layer(network):
     assert model.output.dtype == "float32"
 
 
-def test_every_convolution_is_followed_by_relu_then_normalization_but_for_the_one_before_the_sum():
+def test_every_convolution_is_followed_by_relu_then_normalization_but_for_the_one_before_the_sum() -> None:
     model = networks.build(Network(blocks=(1, 1), filters=4))
     order = [type(layer).__name__ for layer in model.layers if layer.name not in ("stage2_block1_shortcut",)]
     block = ["Conv2D", "ReLU", "BatchNormalization", "Conv2D", "Add", "ReLU", "BatchNormalization"]
@@ -55,7 +57,7 @@ def test_every_convolution_is_followed_by_relu_then_normalization_but_for_the_on
 
 
 @pytest.mark.parametrize("name", ["stage1_block1", "stage2_block1"], ids=["identity", "projection"])
-def test_a_block_whose_second_convolution_is_zero_is_relu_bn_of_its_shortcut(name):
+def test_a_block_whose_second_convolution_is_zero_is_relu_bn_of_its_shortcut(name: Any) -> None:
     model = networks.build(Network(blocks=(1, 2), filters=4))
     second = model.get_layer(f"{name}_conv2")
     second.set_weights([np.zeros_like(weight) for weight in second.get_weights()])
@@ -70,13 +72,15 @@ def test_a_block_whose_second_convolution_is_zero_is_relu_bn_of_its_shortcut(nam
     probe = keras.Model(model.input, [shortcut, normalization.output])
     source, result = probe(rng.uniform(0, 255, (2, 32, 32, 3)).astype(np.float32))
     gamma, beta, mean, variance = normalization.get_weights()
-    expected = gamma * (np.maximum(source.numpy(), 0) - mean) / np.sqrt(variance + normalization.epsilon) + beta
+    expected = (
+        gamma * (np.maximum(source.numpy(), 0) - mean) / np.sqrt(variance + normalization.epsilon) + beta
+    )
     np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4, atol=1e-4)
     assert np.abs(source.numpy()).max() > 0
 
 
-def test_the_twins_differ_by_sums_and_projections_only(resnet, plainnet):
-    def convolutions(model):
+def test_the_twins_differ_by_sums_and_projections_only(resnet: Any, plainnet: Any) -> None:
+    def convolutions(model: keras.Model) -> list[Any]:
         return [
             (layer.kernel.shape, layer.strides, layer.use_bias)
             for layer in kinds(model, layers.Conv2D)
@@ -93,9 +97,10 @@ def test_the_twins_differ_by_sums_and_projections_only(resnet, plainnet):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "depth", "parameters", "pool"), [((3, 3, 3), 20, 274_454, 8), ((9, 9, 9), 56, 0, 8), ((1,), 4, 0, 32)]
+    ("blocks", "depth", "parameters", "pool"),
+    [((3, 3, 3), 20, 274_454, 8), ((9, 9, 9), 56, 0, 8), ((1,), 4, 0, 32)],
 )
-def test_other_depths(blocks, depth, parameters, pool):
+def test_other_depths(blocks: Any, depth: Any, parameters: Any, pool: Any) -> None:
     network = Network(blocks=blocks, filters=16)
     assert network.layers == depth
     assert network.final_map == pool
@@ -105,7 +110,7 @@ def test_other_depths(blocks, depth, parameters, pool):
         assert model.count_params() == parameters
 
 
-def test_multiply_accumulates(resnet):
+def test_multiply_accumulates(resnet: Any) -> None:
     assert networks.multiply_accumulates(resnet) == pytest.approx(1.01e9, rel=0.01)
     small = networks.build(Network(blocks=(3, 3, 3), filters=16))
     # He et al.'s count for this shape, with the two 1x1 projections that they do not have.
@@ -114,7 +119,7 @@ def test_multiply_accumulates(resnet):
     assert networks.multiply_accumulates(small) == by_hand
 
 
-def test_describe_counts_and_totals(plainnet):
+def test_describe_counts_and_totals(plainnet: Any) -> None:
     text = networks.describe(plainnet)
     assert "30 convolution and dense layers on the main path, 0 projections, 15,447,062 parameters" in text
     assert "stage4_block2_conv2" in text
@@ -130,7 +135,7 @@ def test_describe_counts_and_totals(plainnet):
         ({"model": "vgg"}, ("resnet or plainnet", "'vgg'", "--model resnet")),
     ],
 )
-def test_impossible_networks_say_rule_value_and_example(values, parts):
+def test_impossible_networks_say_rule_value_and_example(values: Any, parts: Any) -> None:
     with pytest.raises(UsageError) as caught:
         Network(**values)
     assert all(part in str(caught.value) for part in parts)

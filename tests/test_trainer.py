@@ -53,7 +53,7 @@ def numbered(count: int) -> Split:
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
-def test_every_image_is_trained_once_an_epoch_and_evaluated_once(replicas):
+def test_every_image_is_trained_once_an_epoch_and_evaluated_once(replicas: Any) -> None:
     trainer = trainer_of(replicas=replicas, train=numbered(44))
     seen: list[tuple[int, np.ndarray]] = []
     spy_on_batches(trainer, seen)
@@ -76,7 +76,7 @@ def test_every_image_is_trained_once_an_epoch_and_evaluated_once(replicas):
 
 
 @pytest.mark.parametrize("recipe", ["article", "he"])
-def test_one_and_two_replicas_agree_with_synchronized_statistics(recipe):
+def test_one_and_two_replicas_agree_with_synchronized_statistics(recipe: Any) -> None:
     one, two = (trainer_of(identity_of(recipe=recipe), replicas=replicas) for replicas in (1, 2))
     for step in range(5):
         np.testing.assert_allclose(steps(two, 1, first=step).loss, steps(one, 1, first=step).loss, rtol=1e-5)
@@ -84,14 +84,14 @@ def test_one_and_two_replicas_agree_with_synchronized_statistics(recipe):
         np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-4)
 
 
-def test_without_synchronization_all_replicas_hold_the_mean_of_their_statistics():
+def test_without_synchronization_all_replicas_hold_the_mean_of_their_statistics() -> None:
     trainer = trainer_of(identity_of(sync_batch_norm=False), replicas=2)
     for step in range(2):
         steps(trainer, 1, first=step)
         for variable in trainer.network.non_trainable_variables:
             left, right = (value.numpy() for value in variable.value.values)
             np.testing.assert_array_equal(left, right)
-    # Each replica normalizes by its own half: the moving mean of the pixels is the mean of both halves' means.
+    # Each replica normalizes by its own half: what moves is the mean of both halves' means.
     order = plan_of().order[:16].reshape(2, 2, 4)
     pixels = split_of(40).images[order].astype(np.float64)  # [step, replica, image, height, width, channel]
     expected = np.zeros(3)
@@ -100,15 +100,15 @@ def test_without_synchronization_all_replicas_hold_the_mean_of_their_statistics(
     np.testing.assert_allclose(trainer.network.non_trainable_variables[0].numpy(), expected, rtol=1e-5)
 
 
-def test_synchronized_and_unsynchronized_statistics_are_different_things():
+def test_synchronized_and_unsynchronized_statistics_are_different_things() -> None:
     losses = [
         steps(trainer_of(identity_of(sync_batch_norm=sync), replicas=2), 2).loss for sync in (True, False)
     ]
-    assert not np.allclose(*losses, rtol=1e-4)
+    assert not np.allclose(losses[0], losses[1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("bad_replica", [0, 1])
-def test_float16_infinity_on_one_replica_skips_the_step_on_all(bad_replica):
+def test_float16_infinity_on_one_replica_skips_the_step_on_all(bad_replica: Any) -> None:
     trainer = trainer_of(identity_of(precision="float16"), replicas=2)
 
     def spoil(replica: Any, gradients: list[Any]) -> list[Any]:
@@ -123,12 +123,14 @@ def test_float16_infinity_on_one_replica_skips_the_step_on_all(bad_replica):
     for variable, left, right in zip(trainer.network.variables, before.weights, after.weights, strict=True):
         if id(variable) in trainable:
             np.testing.assert_array_equal(left, right)
-    for left, right in zip(before.optimizer[:1] + before.optimizer[2:], after.optimizer[:1] + after.optimizer[2:], strict=True):
-        np.testing.assert_array_equal(left, right)
+    learning_rate = 1  # is set at every step
+    for index, (left, right) in enumerate(zip(before.optimizer, after.optimizer, strict=True)):
+        if index != learning_rate:
+            np.testing.assert_array_equal(left, right)
     assert after.loss_scale == (before.loss_scale[0] / 2, 0)
 
 
-def test_float16_finite_step_trains():
+def test_float16_finite_step_trains() -> None:
     trainer = trainer_of(identity_of(precision="float16"))
     before = trainer.state
     steps(trainer, 1)
@@ -137,7 +139,7 @@ def test_float16_finite_step_trains():
 
 
 @pytest.mark.parametrize("split", [(1, 1, 1, 1), (4,), (1, 3), (2, 2)])
-def test_no_bit_depends_on_how_steps_are_split_into_calls(split):
+def test_no_bit_depends_on_how_steps_are_split_into_calls(split: Any) -> None:
     reference, trainer = trainer_of(), trainer_of()
     expected = steps(reference, 4)
     losses: list[float] = []
@@ -147,7 +149,7 @@ def test_no_bit_depends_on_how_steps_are_split_into_calls(split):
     assert_same_state(trainer.state, reference.state)
 
 
-def test_coupled_weight_decay_and_momentum_match_numpy_steps():
+def test_coupled_weight_decay_and_momentum_match_numpy_steps() -> None:
     identity = identity_of(recipe="he")
     plain = trainer_of(identity_of(recipe="he"))
     trainer = trainer_of(identity)
@@ -156,7 +158,11 @@ def test_coupled_weight_decay_and_momentum_match_numpy_steps():
 
     def record(*arguments: Any) -> Any:
         loss, correct, values = inner(*arguments)
-        store = lambda *arrays: gradients.append([np.array(a) for a in arrays]) or np.int32(0)  # noqa: E731
+
+        def store(*arrays: Any) -> np.int32:
+            gradients.append([np.array(array) for array in arrays])
+            return np.int32(0)
+
         with tf.control_dependencies([tf.numpy_function(store, values, tf.int32)]):
             return tf.identity(loss), correct, values
 
@@ -176,7 +182,7 @@ def test_coupled_weight_decay_and_momentum_match_numpy_steps():
     assert plain.state.weights[0].shape == (3,)
 
 
-def test_labels_survive_order_and_augmentation():
+def test_labels_survive_order_and_augmentation() -> None:
     """With one image a class, training on shuffled and cropped images must see each image's own label."""
     trainer = trainer_of(identity_of(recipe="he"), train=numbered(40))
     pairs: list[tuple[int, int]] = []
@@ -197,7 +203,7 @@ def test_labels_survive_order_and_augmentation():
     assert all(abs(brightness - (119 + 13 * label)) <= 3 for brightness, label in pairs)
 
 
-def test_rates_are_applied_step_by_step():
+def test_rates_are_applied_step_by_step() -> None:
     trainer = trainer_of()
     plan = plan_of().batches(first=0, count=3, batch_size=8)
     trainer.train_steps(plan, np.array([1e-3, 1e-3, 0.0], np.float32))
@@ -210,11 +216,11 @@ def test_rates_are_applied_step_by_step():
     assert stopped.optimizer[1] == 0.0
 
 
-def test_xla_computes_the_same():
+def test_xla_computes_the_same() -> None:
     np.testing.assert_allclose(steps(trainer_of(xla=True), 3).loss, steps(trainer_of(), 3).loss, rtol=1e-4)
 
 
-def test_predictions_are_summed_in_float64_over_every_image():
+def test_predictions_are_summed_in_float64_over_every_image() -> None:
     loss = np.full(3, 0.1, np.float32)
     predictions = Predictions(loss, np.array([1, 2, 2], np.int32))
     labels = np.array([1, 2, 3])
@@ -225,7 +231,7 @@ def test_predictions_are_summed_in_float64_over_every_image():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_saved_state_comes_back_bit_for_bit_and_opens_in_plain_keras(tmp_path, precision):
+def test_a_saved_state_comes_back_bit_for_bit_and_opens_in_plain_keras(tmp_path: Any, precision: Any) -> None:
     identity = identity_of(precision=precision)
     trainer = trainer_of(identity)
     steps(trainer, 2)
@@ -245,7 +251,7 @@ def test_a_saved_state_comes_back_bit_for_bit_and_opens_in_plain_keras(tmp_path,
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 4, 3), (4, 2, 2, 5)])
-def test_normalization_equals_kerass(shape):
+def test_normalization_equals_kerass(shape: Any) -> None:
     rng = np.random.default_rng(0)
     inputs = tf.constant(rng.normal(3.0, 2.0, shape), tf.float32)
     weights = tf.constant(rng.normal(size=shape), tf.float32)

@@ -6,13 +6,14 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
 import pytest
 
 from job import cifar10, portable, training
+from job import cluster as hardware
 from job.checkpoints import Record
 from job.config import Cadence, Settings, recipe_of
 from job.errors import Diverged, IdentityConflict, Interrupted, MissingInput, UsageError
@@ -54,15 +55,15 @@ class Evaluated(Signal):
 
 
 @pytest.fixture(autouse=True)
-def tiny_world(monkeypatch):
+def tiny_world(monkeypatch: Any) -> None:
     """108 training images, 30 test images and this process's devices."""
     monkeypatch.setattr(cifar10, "load", lambda source: dataset_of())
     monkeypatch.setattr(cifar10, "locate", lambda data: data)
-    monkeypatch.setattr(training.hardware, "connect", lambda settings: cluster_of(settings.replicas or 1))
+    monkeypatch.setattr(hardware, "connect", lambda settings: cluster_of(settings.replicas or 1))
 
 
 def train(settings: Settings = SETTINGS, signal: Signal | None = None) -> dict[str, Any]:
-    return training.train(settings, signal or Signal(), Reporter("plain"))
+    return training.train(settings, cast(Any, signal or Signal()), Reporter("plain"))
 
 
 def record_of(run: str) -> Record:
@@ -86,7 +87,7 @@ def assert_same_run(left: str, right: str) -> None:
     assert record_of(left).confusion == record_of(right).confusion
 
 
-def test_a_run_leaves_what_it_promises():
+def test_a_run_leaves_what_it_promises() -> None:
     result = train()
     run = Path("runs/run")
     assert json.loads((run / "result.json").read_text()) == result
@@ -108,7 +109,7 @@ def test_a_run_leaves_what_it_promises():
     assert (run / "model.keras").read_bytes() == (run / record.commits[0].name).read_bytes()
 
 
-def test_a_finished_run_says_so_and_mends_its_files():
+def test_a_finished_run_says_so_and_mends_its_files() -> None:
     first = train()
     Path("runs/run/result.json").unlink()
     Path("runs/run/train/events.out.tfevents.0000000007").unlink()
@@ -123,7 +124,9 @@ def test_a_finished_run_says_so_and_mends_its_files():
     [("article", 1), ("article", 7), ("he", 11)],
     ids=["first step", "epoch's last step", "mid-epoch, augmented"],
 )
-def test_interrupted_anywhere_it_ends_with_the_bits_of_an_undisturbed_run(recipe, after_calls, monkeypatch):
+def test_interrupted_anywhere_it_ends_with_the_bits_of_an_undisturbed_run(
+    recipe: Any, after_calls: Any, monkeypatch: Any
+) -> None:
     settings = replace(SETTINGS, recipe=recipe_of(recipe))
     train(replace(settings, name="whole"))
     monkeypatch.setattr(training, "CALL_SECONDS", 1e-9)  # one step a call
@@ -137,14 +140,14 @@ def test_interrupted_anywhere_it_ends_with_the_bits_of_an_undisturbed_run(recipe
     assert record_of("runs/run").attempt == 2
 
 
-def test_the_length_of_calls_and_the_cadence_of_commits_change_no_bit(monkeypatch):
+def test_the_length_of_calls_and_the_cadence_of_commits_change_no_bit(monkeypatch: Any) -> None:
     train(replace(SETTINGS, name="whole"))
     monkeypatch.setattr(training, "CALL_SECONDS", 1e-9)  # one step a call
     train(replace(SETTINGS, commit_every=Cadence.parse("4steps")))
     assert_same_run("runs/run", "runs/whole")
 
 
-def test_more_epochs_extend_a_finished_run_to_the_bits_of_a_longer_one():
+def test_more_epochs_extend_a_finished_run_to_the_bits_of_a_longer_one() -> None:
     train(replace(SETTINGS, epochs=1))
     result = train(replace(SETTINGS, epochs=2))
     train(replace(SETTINGS, epochs=2, name="whole"))
@@ -153,14 +156,14 @@ def test_more_epochs_extend_a_finished_run_to_the_bits_of_a_longer_one():
     assert result["epochs"] == 2
 
 
-def test_a_schedule_that_depends_on_the_length_is_not_extended():
+def test_a_schedule_that_depends_on_the_length_is_not_extended() -> None:
     he = replace(SETTINGS, recipe=recipe_of("he"), epochs=1)
     train(he)
     with pytest.raises(IdentityConflict, match="epochs: 1, not 2"):
         train(replace(he, epochs=2))
 
 
-def test_fewer_epochs_than_trained():
+def test_fewer_epochs_than_trained() -> None:
     train()
     assert train(replace(SETTINGS, epochs=1))["epochs"] == 2
     unfinished = replace(SETTINGS, epochs=6, name="other")
@@ -170,7 +173,7 @@ def test_fewer_epochs_than_trained():
         train(replace(unfinished, epochs=1))
 
 
-def test_the_same_name_with_another_identity_is_refused_and_says_what_differs():
+def test_the_same_name_with_another_identity_is_refused_and_says_what_differs() -> None:
     train()
     with pytest.raises(IdentityConflict) as caught:
         train(replace(SETTINGS, seed=1, batch_size=8))
@@ -178,12 +181,15 @@ def test_the_same_name_with_another_identity_is_refused_and_says_what_differs():
     assert "seed: 0, not 1" in str(caught.value)
 
 
-def test_a_holdout_validates_and_the_test_set_is_evaluated_once(monkeypatch):
+def test_a_holdout_validates_and_the_test_set_is_evaluated_once(monkeypatch: Any) -> None:
     counts: list[int] = []
     inner = Trainer.predict
-    monkeypatch.setattr(
-        Trainer, "predict", lambda self, split, **range_: counts.append(split.count) or inner(self, split, **range_)
-    )
+
+    def count(self: Trainer, split: Any, **images: Any) -> Any:
+        counts.append(split.count)
+        return inner(self, split, **images)
+
+    monkeypatch.setattr(Trainer, "predict", count)
     result = train(replace(SETTINGS, holdout=20))
     assert counts == [20, 20, 30]
     assert result["validation"]["on"] == "hold-out"
@@ -195,23 +201,25 @@ def test_a_holdout_validates_and_the_test_set_is_evaluated_once(monkeypatch):
 @pytest.mark.parametrize(
     ("replicas", "sync"), [(1, True), (2, True), (2, False)], ids=["one", "synchronized", "unsynchronized"]
 )
-def test_evaluate_agrees_to_the_last_digit(replicas, sync):
+def test_evaluate_agrees_to_the_last_digit(replicas: Any, sync: Any) -> None:
     result = train(replace(SETTINGS, replicas=replicas, sync_batch_norm=sync))
     evaluated = training.evaluate("runs/run", data="tiny")
     assert evaluated["validation"] == {key: result["validation"][key] for key in ("loss", "accuracy")}
 
 
-def test_a_run_continues_on_another_number_of_replicas():
+def test_a_run_continues_on_another_number_of_replicas() -> None:
     train(replace(SETTINGS, name="whole"))
     with pytest.raises(Interrupted):
         train(SETTINGS, Signal(3))
     train(replace(SETTINGS, replicas=2))
-    losses = [[entry["train"]["loss"] for entry in record_of(run).history] for run in ("runs/run", "runs/whole")]
-    np.testing.assert_allclose(*losses, rtol=1e-2)
-    assert losses[0] != losses[1]
+    mine, whole = (
+        [entry["train"]["loss"] for entry in record_of(run).history] for run in ("runs/run", "runs/whole")
+    )
+    np.testing.assert_allclose(mine, whole, rtol=1e-2)
+    assert mine != whole
 
 
-def test_divergence_names_the_step_and_the_last_good_commit(monkeypatch):
+def test_divergence_names_the_step_and_the_last_good_commit(monkeypatch: Any) -> None:
     inner, calls = Trainer.train_steps, itertools.count(1)
 
     def explode(self: Trainer, plan: Any, rates: Any, **rest: Any) -> Any:
@@ -227,20 +235,22 @@ def test_divergence_names_the_step_and_the_last_good_commit(monkeypatch):
     assert record.commits[0].progress.step == 7
 
 
-def test_evaluate_needs_a_run_and_its_data(monkeypatch):
+def test_evaluate_needs_a_run_and_its_data(monkeypatch: Any) -> None:
     with pytest.raises(MissingInput, match="runs/none"):
         training.evaluate("runs/none", data="tiny")
     train()
     monkeypatch.setattr(cifar10, "load", lambda source: replace(dataset_of(), sha256="6" * 64))
-    with pytest.raises(IdentityConflict, match="5555.*6666"):
+    with pytest.raises(IdentityConflict, match=r"5555.*6666"):
         training.evaluate("runs/run", data="tiny")
 
 
-def test_batches_that_replicas_cannot_share_are_refused_with_valid_ones():
-    with pytest.raises(UsageError, match=r"divide by the 2 replicas.*--batch-size 15.*valid near it: .*\b14\b"):
+def test_batches_that_replicas_cannot_share_are_refused_with_valid_ones() -> None:
+    with pytest.raises(
+        UsageError, match=r"divide by the 2 replicas.*--batch-size 15.*valid near it: .*\b14\b"
+    ):
         train(replace(SETTINGS, replicas=2, batch_size=15))
 
 
-def test_too_large_a_batch_is_refused():
+def test_too_large_a_batch_is_refused() -> None:
     with pytest.raises(UsageError, match="must not exceed the 108 training images, but is 109"):
         train(replace(SETTINGS, batch_size=109))

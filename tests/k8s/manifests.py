@@ -56,8 +56,9 @@ def documents(text: str) -> list[Manifest]:
     return [document for document in yaml.safe_load_all(text) if document]
 
 
+@functools.cache
 def load(variant: str) -> Manifests:
-    """The parsed base or overlay."""
+    """The parsed base or overlay; nobody may change it."""
     return Manifests(variant, documents(rendered(variant)))
 
 
@@ -212,7 +213,5 @@ def _stages() -> Iterator[tuple[str, Stage]]:
             variables |= dict(re.findall(r"(\w+)=('[^']*'|\S+)", line))
         yield (
             name[1] if name else "",
-            Stage(
-                user[-1] if user else "", yaml.safe_load(entrypoint[-1]) if entrypoint else [], variables
-            ),
+            Stage(user[-1] if user else "", yaml.safe_load(entrypoint[-1]) if entrypoint else [], variables),
         )

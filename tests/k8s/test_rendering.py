@@ -1,4 +1,4 @@
-"""Every variant renders, is valid where it may be applied, and is the same by ``apply -f`` and ``apply -k``."""
+"""Every variant renders, is valid where it may be applied, and ``apply -f`` sends what ``apply -k`` does."""
 
 from __future__ import annotations
 

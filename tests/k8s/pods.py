@@ -1,0 +1,80 @@
+"""Run a pod of the manifests here: its own arguments, variables and mounts, as processes or as containers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.k8s.manifests import ROOT, Manifest, Manifests, Pod, image_name, stage_of
+
+Environment = dict[str, str]
+# What starts a container: of a pod, with these variables, its volumes below this folder.
+Start = Callable[[Pod, Manifest, list[str], Environment, Path], "subprocess.Popen[str]"]
+
+
+def folders(pod: Pod, container: Manifest, root: Path) -> dict[str, tuple[Path, bool]]:
+    """Mount path -> folder here, and whether the mount is read-only. A claim outlives the pod, the rest does not."""
+    found = {}
+    for mount in container.get("volumeMounts", []):
+        (volume,) = (volume for volume in pod.spec["volumes"] if volume["name"] == mount["name"])
+        kept = "claim" if "persistentVolumeClaim" in volume else f"pod-{pod.name}"
+        folder = root / kept / mount["name"] / mount.get("subPath", "")
+        folder.mkdir(parents=True, exist_ok=True)
+        found[mount["mountPath"]] = (folder, bool(mount.get("readOnly")))
+    return found
+
+
+def start(
+    how: Start,
+    manifests: Manifests,
+    pod: Pod,
+    container: Manifest,
+    root: Path,
+    *,
+    index: int = 0,
+    **changes: str,
+) -> subprocess.Popen[str]:
+    """Start one container of a pod, ``changes`` in place of its settings."""
+    environment = manifests.environment(pod, container, index=index) | changes
+    arguments = manifests.arguments(pod, container, index=index)
+    return how(pod, container, arguments, environment, root)
+
+
+def run(how: Start, manifests: Manifests, pod: Pod, root: Path, **changes: str) -> tuple[int, str]:
+    """Run a pod's containers one after the other as the kubelet does; return the first failure's code and output."""
+    for container in pod.containers:
+        process = start(how, manifests, pod, container, root, **changes)
+        output = process.communicate()[0]
+        if process.returncode:
+            break
+    return process.returncode, output
+
+
+def as_process(
+    pod: Pod, container: Manifest, arguments: list[str], environment: Environment, root: Path
+) -> subprocess.Popen[str]:
+    """The image's entrypoint with this Python; paths below a mount become the folder's."""
+    stage = stage_of(image_name(container))
+    assert stage.entrypoint[0] == "python"
+    places = folders(pod, container, root)
+    image = {name: value for name, value in stage.environment.items() if value.startswith(tuple(places))}
+    variables = {name: _moved(value, places) for name, value in (image | environment).items()}
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    return subprocess.Popen(
+        [sys.executable, *stage.entrypoint[1:], *arguments],
+        cwd=root,
+        env=kept | {"PYTHONPATH": str(ROOT)} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _moved(value: str, places: dict[str, tuple[Path, bool]]) -> str:
+    for path, (folder, _) in places.items():
+        value = re.sub(rf"^{re.escape(path)}(?=/|$)", str(folder), value)
+    return value
