@@ -1,25 +1,29 @@
-# Two images of one file:
-#   docker build -t cifar-residual-job .                                               the job
-#   docker build -t cifar-residual-job-tensorboard --target tensorboard .              TensorBoard, without TensorFlow
-# Any Debian or Ubuntu with Python 3.11 to 3.13 serves as a base. For the CPU alone:
+# Two images; `make docker-build` makes both:
+#   docker build -t cifar-residual-job .                                      the job (the last stage)
+#   docker build -t cifar-residual-job-tensorboard --target tensorboard .     TensorBoard, without TensorFlow
+# Any Debian or Ubuntu with Python 3.11 to 3.13 serves as a base. For the CPU alone, 2 GB instead of 7:
 #   docker build --build-arg BASE_IMAGE=ubuntu:24.04 --build-arg REQUIREMENTS=requirements-cpu.lock .
 
-# The host brings the GPU's driver, and CUDA 12.9, cuDNN, NCCL and ptxas come as Python packages. So NVIDIA's smallest
-# flavour is enough: it tells the container runtime which drivers suit, and helps older ones.
+# The host brings the GPU's driver, and Python packages bring CUDA 12.9, cuDNN, NCCL and ptxas. So NVIDIA's smallest
+# flavour is enough: it tells the container runtime which drivers suit, and helps older ones along.
 ARG BASE_IMAGE=nvidia/cuda:12.9.1-base-ubuntu24.04
+# TensorBoard has no use for CUDA.
 ARG TENSORBOARD_BASE_IMAGE=ubuntu:24.04
+# Pinned and hashed by `make lock`.
 ARG REQUIREMENTS=requirements-gpu.lock
 
 
+# ---- TensorBoard
 FROM ${TENSORBOARD_BASE_IMAGE} AS tensorboard
-# The distribution's Python, and the authorities that gs:// needs. World-writable folders that nothing here uses close.
+# The distribution's Python, and the authorities that gs:// trusts. Nothing here uses the world-writable folders.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3 \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/* \
     && chmod go-w /var/tmp /run/lock
-# The packages come before all that changes more often. One instruction, so that pip and what it brings stay behind.
-# A closed network may pass its pip.conf and certificate authorities as secrets; without them both are absent.
+# The packages come before all that changes more often.
 COPY requirements-tensorboard.lock /opt/requirements.lock
+# One instruction, so that pip and what it needs stay out of the image. A closed network may pass a pip.conf and
+# certificate authorities as secrets, which leave no trace; without them both are absent.
 RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=secret,id=pip_conf \
     --mount=type=secret,id=ca_bundle \
@@ -36,23 +40,34 @@ RUN --mount=type=cache,target=/var/cache/pip \
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     FSSPEC_GCS='{"use_listings_cache": false}'
-LABEL org.opencontainers.image.title="cifar-residual-job TensorBoard" \
-      org.opencontainers.image.description="TensorBoard for folders and gs://, without TensorFlow" \
-      org.opencontainers.image.licenses="Apache-2.0"
+# Set by `make docker-build`.
+ARG VERSION=unknown
+ARG REVISION=unknown
+# What registries and scanners show.
+LABEL org.opencontainers.image.title="cifar-residual-job-tensorboard" \
+      org.opencontainers.image.description="TensorBoard for runs in folders and in gs://, without TensorFlow" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+# Where runs are mounted; it only reads them.
 WORKDIR /runs
+# By number: Kubernetes' runAsNonRoot must see that it is not root. No entry in /etc/passwd is needed.
 USER 10001:10001
+# TensorBoard's default.
 EXPOSE 6006
 # The fast loader cannot read gs:// live. A container is reached from outside, so localhost alone would be no use.
 ENTRYPOINT ["tensorboard", "--load_fast=false", "--bind_all"]
+# An argument of the user's replaces it.
 CMD ["--logdir=/runs"]
 
 
+# ---- The job's packages, each instruction as above
 FROM ${BASE_IMAGE} AS packages
-# As above, for the job.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3 \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/* \
     && chmod go-w /var/tmp /run/lock
+# The one above all stages, which a stage must name to see.
 ARG REQUIREMENTS
 COPY ${REQUIREMENTS} /opt/requirements.lock
 # TensorFlow's headers (440 MB) serve only to compile operations in C++.
@@ -71,21 +86,28 @@ RUN --mount=type=cache,target=/var/cache/pip \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/*
 
 
+# ---- The data, if it shall be in the image
 FROM packages AS data
-# For pods without any egress: --build-arg DATA=data bakes the files that `make data` brings. The default, the embedded
-# sample, only gives COPY something that exists.
+# For pods without any egress: --build-arg DATA=data bakes what `make data` has brought. The default, the sample,
+# only gives COPY something that exists.
 ARG DATA=job/sample
 COPY ${DATA} /data
+# The program, to verify every file.
 COPY job /app/job
-RUN if [ "${DATA}" = job/sample ]; then rm /data/*; else cd /app && /opt/venv/bin/python -m job data verify /data; fi
+WORKDIR /app
+# Readable by the job's user, whatever the umask of the checkout.
+RUN if [ "${DATA}" = job/sample ]; then rm /data/*; \
+    else chmod -R a+rX /data && /opt/venv/bin/python -m job data verify /data; fi
 
 
+# ---- The job
 FROM packages AS train
-# The only places of an image that its user may write to; any of them may be a mount.
+# The only places, with /tmp, that its user may write to. Each may be a mount, and the rest read-only.
 RUN install -d -o 10001 -g 10001 /runs /data
+# Nothing, or the verified files.
 COPY --from=data /data /data
 # Safe path: a module that lies in the working folder is never imported. Whatever libraries like to keep goes to /tmp,
-# also with a home that cannot be written. GKE mounts the GPU's driver under /usr/local/nvidia.
+# since the home may not be writable. GKE mounts the GPU's driver under /usr/local/nvidia.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONSAFEPATH=1 \
@@ -98,11 +120,18 @@ ENV PATH=/opt/venv/bin:$PATH \
     JOB_SPOOL=/tmp/job-spool \
     JOB_DATA=/data \
     JOB_OUTPUT=/runs
+# Runs can be named without their folder: evaluate NAME.
+WORKDIR /runs
+# No shell between: Python is PID 1 and receives SIGTERM.
+ENTRYPOINT ["python", "-m", "job"]
+CMD ["--help"]
+# The embedded sample has a notice of its own, in job/sample.
 COPY LICENSE NOTICE /app/
+# The source comes late: a change rebuilds nothing above it.
 COPY job /app/job
-# The root file system may be read-only, so bytecode is made now.
-RUN python -m compileall -q /app/job
-# Last, because they change with every commit.
+# The root file system may be read-only, so bytecode is made now. Readable whatever the umask of the checkout.
+RUN chmod -R a+rX /app && python -m compileall -q /app/job
+# The rest as above.
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="cifar-residual-job" \
@@ -110,10 +139,4 @@ LABEL org.opencontainers.image.title="cifar-residual-job" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# By number: Kubernetes' runAsNonRoot must see that it is not root. No entry in /etc/passwd is needed.
 USER 10001:10001
-# Runs can be named without their folder: evaluate NAME.
-WORKDIR /runs
-# No shell between: Python is PID 1 and receives SIGTERM.
-ENTRYPOINT ["python", "-m", "job"]
-CMD ["--help"]

@@ -25,6 +25,22 @@ GPU     := --python-version 3.12 --python-platform x86_64-manylinux_2_39 --only-
 PLAN    := $(BIN)/uv pip install --quiet --dry-run --require-hashes --only-binary :all: \
            --python $(BIN)/python --target $(VENV)/planned
 
+# Containers: docker or podman; the images' name, with a registry before it and a tag behind it where you want them
+DOCKER      ?= docker
+EPOCHS      ?=
+OUTPUT      ?= $(RUNS)
+PORT        ?= 6006
+# further options of the engine's `build` and `run`
+BUILD_ARGS  ?=
+DOCKER_ARGS ?=
+VERSION     := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py)
+IMAGE_TAG    = $(or $(word 2,$(subst :, ,$(notdir $(IMAGE)))),$(VERSION))
+IMAGE_NAME   = $(or $(patsubst %:$(IMAGE_TAG),%,$(IMAGE)),cifar-residual-job)
+JOB_IMAGE    = $(IMAGE_NAME):$(IMAGE_TAG)
+BOARD_IMAGE  = $(IMAGE_NAME)-tensorboard:$(IMAGE_TAG)
+BUILD        = $(DOCKER) build --build-arg VERSION=$(VERSION) $(BUILD_ARGS) \
+               --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+
 # Kubernetes: what k8s-validate checks against, the oldest and the newest version that will do
 KUBERNETES := 1.31 1.37
 NAMESPACE  := cifar-residual-job
@@ -35,20 +51,19 @@ ALL        ?=
 KUBECTL    ?= $(or $(shell command -v kubectl),$(BIN)/kubectl)
 CLUSTER     = $(KUBECTL) --namespace $(NAMESPACE)
 MANIFESTS   = k8s/$(if $(OVERLAY),overlays/$(OVERLAY),base)
-# the manifests with IMAGE in place of the images' name; its tag counts if it has one
-RENDER      = $(KUBECTL) kustomize $(MANIFESTS) | sed -E 's|image: cifar-residual-job(-tensorboard)?:(.*)|image: $(K8S_NAME)\1:$(K8S_TAG)|'
-K8S_IMAGE   = $(or $(IMAGE),cifar-residual-job)
-K8S_TAG     = $(or $(word 2,$(subst :, ,$(notdir $(K8S_IMAGE)))),\2)
-K8S_NAME    = $(patsubst %:$(K8S_TAG),%,$(K8S_IMAGE))
+# the manifests, with the images of IMAGE
+RENDER      = $(KUBECTL) kustomize $(MANIFESTS) | \
+              sed -E 's|image: cifar-residual-job(-tensorboard)?:.*|image: $(IMAGE_NAME)\1:$(IMAGE_TAG)|'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo data run tensorboard test test-slow test-all check format lock check-lock clean
+.PHONY: docker-build docker-run docker-tensorboard docker-push test-container
 .PHONY: k8s-validate k8s-apply k8s-status k8s-logs k8s-tensorboard k8s-rerun k8s-delete
 
 ##@ Start here
 help: ## list the commands
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY) ## train both networks on the embedded sample and compare them (about a minute)
 	$(JOB) train --model resnet --data sample --output $(RUNS)/demo $(DEMO_ARGS)
@@ -65,6 +80,33 @@ run: $(READY) ## train MODEL=resnet or MODEL=plainnet [ARGS="--epochs 2 ..."]
 
 tensorboard: $(READY) ## show the runs of RUNS side by side in a browser
 	$(BIN)/tensorboard --logdir $(RUNS) $(ARGS)
+
+##@ Containers
+docker-build: ## build the images for training and for TensorBoard [IMAGE= BUILD_ARGS= DOCKER=podman]
+	$(BUILD) --tag $(JOB_IMAGE) .
+	$(BUILD) --target tensorboard --tag $(BOARD_IMAGE) .
+
+docker-run: ## train MODEL=resnet or MODEL=plainnet in a container [DATA= OUTPUT=gs://... EPOCHS= ARGS=]
+	@test -n "$(MODEL)" || { echo "MODEL must be resnet or plainnet, but it is empty; example: make docker-run MODEL=resnet" >&2; exit 2; }
+	@$(DOCKER) image inspect $(JOB_IMAGE) > /dev/null 2>&1 || $(MAKE) --no-print-directory docker-build
+	@$(AS_CALLER); $(WITH_GPUS); $(WITH_DATA); $(WITH_OUTPUT); $(WITH_CREDENTIALS); set -x; \
+	$(DOCKER) run "$$@" $(DOCKER_ARGS) $(JOB_IMAGE) train --model $(MODEL) $(if $(EPOCHS),--epochs $(EPOCHS)) $(ARGS)
+
+docker-tensorboard: ## show the runs of OUTPUT (a folder or gs://...) at localhost:6006 [PORT=]
+	@$(DOCKER) image inspect $(BOARD_IMAGE) > /dev/null 2>&1 || $(MAKE) --no-print-directory docker-build
+	@$(AS_CALLER); $(WITH_OUTPUT); $(WITH_CREDENTIALS); set -x; \
+	$(DOCKER) run "$$@" --publish 127.0.0.1:$(PORT):6006 $(DOCKER_ARGS) $(BOARD_IMAGE) \
+		--logdir $(if $(filter gs://%,$(OUTPUT)),$(OUTPUT),/runs) $(ARGS)
+
+docker-push: ## build both images and push them to IMAGE=registry/name[:tag]
+	@test -n "$(findstring /,$(IMAGE))" || { echo "IMAGE must name a registry, but is \"$(IMAGE)\"; example: make docker-push IMAGE=registry.example/team/cifar-residual-job" >&2; exit 2; }
+	$(MAKE) --no-print-directory docker-build
+	$(DOCKER) push $(JOB_IMAGE)
+	$(DOCKER) push $(BOARD_IMAGE)
+
+test-container: $(READY) ## build both images and run them for real, as root [ARGS="-m gpu_image": the GPU's image]
+	tests/container/prepare
+	$(PYTEST) tests/container -m "container and not gpu_image" $(ARGS)
 
 ##@ Kubernetes
 k8s-validate: $(READY) ## render every overlay and check it against the oldest and newest Kubernetes
@@ -88,7 +130,7 @@ k8s-logs: ## print the logs of all pods of MODEL=resnet or MODEL=plainnet [ARGS=
 	$(CLUSTER) logs -l app.kubernetes.io/component=training,app.kubernetes.io/name=$(MODEL) \
 		--all-containers --prefix --ignore-errors --tail=-1 --max-log-requests=20 $(ARGS)
 
-k8s-tensorboard: ## show the cluster's runs on localhost:6006, also when no training pod is left
+k8s-tensorboard: ## show the cluster's runs at localhost:6006, also when no training pod is left [PORT=]
 	@if test -z "$$($(CLUSTER) get deployment tensorboard -o 'jsonpath={.status.availableReplicas}')" && \
 		test -z "$$($(CLUSTER) get pods -l app.kubernetes.io/component=training -o name \
 			--field-selector=status.phase!=Succeeded,status.phase!=Failed)"; then \
@@ -96,7 +138,7 @@ k8s-tensorboard: ## show the cluster's runs on localhost:6006, also when no trai
 		$(CLUSTER) patch deployment tensorboard --type=merge -p '{"spec":{"template":{"spec":{"affinity":null}}}}'; \
 	fi
 	$(CLUSTER) rollout status deployment/tensorboard --timeout=5m
-	$(CLUSTER) port-forward service/tensorboard 6006:6006
+	$(CLUSTER) port-forward service/tensorboard $(PORT):6006
 
 k8s-rerun: ## make the Jobs again, for changed settings; finished runs stay [OVERLAY= IMAGE=]
 	@$(CHECK_MANIFESTS)
@@ -174,4 +216,51 @@ endef
 
 define CHECK_MANIFESTS
 test -d $(MANIFESTS) || { echo "OVERLAY must be one of: $(notdir $(wildcard k8s/overlays/*)); not $(OVERLAY)" >&2; exit 2; }
+endef
+
+# What a container gets, as options of `run` in the shell's "$$@".
+# Files belong to the caller; rootless Docker calls the caller root. Nothing else may be written to but /tmp.
+define AS_CALLER
+set -- --rm --read-only --tmpfs /tmp:mode=1777 --cap-drop ALL --security-opt no-new-privileges \
+	--security-opt label=disable --stop-timeout 15 --user "$$(id -u):$$(id -g)"; \
+podman=; case "$$($(DOCKER) --version 2>&1)" in *podman*) podman=yes ;; esac; \
+if test -n "$$podman"; then \
+	test "$$(id -u)" = 0 || set -- "$$@" --userns keep-id; \
+else \
+	case "$$($(DOCKER) info --format '{{.SecurityOptions}}' 2>&1)" in *rootless*) set -- "$$@" --user 0:0 ;; esac; \
+fi; \
+if test -t 1; then set -- "$$@" --tty; fi
+endef
+define WITH_GPUS
+if nvidia-smi --list-gpus > /dev/null 2>&1; then \
+	if test -n "$$podman"; then set -- "$$@" --device nvidia.com/gpu=all; else set -- "$$@" --gpus all; fi; \
+	set -- "$$@" --shm-size 1g; \
+else \
+	echo "This host has no NVIDIA GPU that works (nvidia-smi finds none), so the CPU trains."; \
+fi
+endef
+define WITH_DATA
+case "$(DATA)" in \
+	sample | gs://*) set -- "$$@" --env "JOB_DATA=$(DATA)" ;; \
+	*.tar.gz | *.tgz) set -- "$$@" --env JOB_DATA=/data.tar.gz --volume "$$(realpath "$(DATA)"):/data.tar.gz:ro" ;; \
+	*) mkdir -p "$(DATA)"; set -- "$$@" --volume "$$(realpath "$(DATA)"):/data" ;; \
+esac
+endef
+define WITH_OUTPUT
+case "$(OUTPUT)" in \
+	gs://*) set -- "$$@" --env "JOB_OUTPUT=$(OUTPUT)" ;; \
+	*) mkdir -p "$(OUTPUT)"; set -- "$$@" --volume "$$(realpath "$(OUTPUT)"):/runs" ;; \
+esac
+endef
+define WITH_CREDENTIALS
+case "$(OUTPUT) $(DATA)" in *gs://*) \
+	key="$${GOOGLE_APPLICATION_CREDENTIALS:-$${CLOUDSDK_CONFIG:-$$HOME/.config/gcloud}/application_default_credentials.json}"; \
+	if test -r "$$key"; then \
+		set -- "$$@" --volume "$$(realpath "$$key"):/run/secrets/google.json:ro" --env GOOGLE_CLOUD_PROJECT \
+			--env GOOGLE_APPLICATION_CREDENTIALS=/run/secrets/google.json; \
+	else \
+		echo "There are no Application Default Credentials at $$key: Google's metadata server must give some."; \
+		echo "Elsewhere: gcloud auth application-default login"; \
+	fi ;; \
+esac
 endef

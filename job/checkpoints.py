@@ -313,6 +313,16 @@ class Run:
         self._executor.shutdown(wait=True)
 
 
+class Follower(Run):
+    """A run that another process owns, or that is finished: it can be read, and nothing more."""
+
+    def __init__(self, store: Store, record: Record | None = None) -> None:
+        super().__init__(store, record or Record(), "", keep=0, config={})
+
+    def _poll_fence(self) -> None:
+        """Only an owner can be superseded."""
+
+
 def superseded_error(location: str) -> Superseded:
     """The fence's refusal."""
     return Superseded(

@@ -131,6 +131,10 @@ train_options = options(
         "--require-gpu/--no-require-gpu", default=False, help="End with exit code 69 where there is no GPU."
     ),
     option("--replicas", type=int, help="GPUs, or logical CPU devices; default: every GPU, or 1."),
+    option(
+        "--workers", type=int, default=DEFAULTS.workers, help="Processes that train one network together."
+    ),
+    option("--worker-hosts", help="Their addresses, as in resnet-{index}.resnet:2222 or a:2222,b:2222."),
     option("--commit-every", type=CadenceType(), default="1epoch", help="As in 1epoch, 500steps, 10min."),
     option("--keep", type=int, default=DEFAULTS.keep, help="Commits that stay restorable."),
     option(

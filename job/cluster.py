@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
 import os
+import re
+import socket
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
+from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2
+from tensorflow.python.eager import context
 
 from job.config import Settings
 from job.errors import ResourceUnavailable, UsageError
+
+PEERS_SECONDS = 600.0  # a starting worker waits so long: a Job's back-off reaches 6 minutes
+HEARTBEAT_SECONDS = 20.0  # a host that vanished without a reset is given up after it
+ANNOUNCE_SECONDS = 15.0
+
+log = logging.getLogger("job")
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -31,27 +47,128 @@ class Cluster:
         """Whether this worker commits and writes for all."""
         return self.index == 0
 
+    def any_worker(self, wish: bool) -> bool:
+        """Whether some worker wishes it: the same answer on all, which all must ask for."""
+        return wish if self.workers == 1 else bool(self._sum_of_workers(np.array([wish], np.int32))[0])
+
+    def from_chief(self, data: bytes) -> bytes:
+        """The chief's bytes, on all workers, which all must ask for."""
+        if self.workers == 1:
+            return data
+        length = self.number_from_chief(len(data))
+        mine = np.frombuffer(data, np.uint8) if self.is_chief else np.zeros(length)
+        return self._sum_of_workers(mine.astype(np.int32)).astype(np.uint8).tobytes()
+
+    def number_from_chief(self, value: int) -> int:
+        """The chief's number, on all workers, which all must ask for."""
+        if self.workers == 1:
+            return value
+        return int(self._sum_of_workers(np.array([value if self.is_chief else 0], np.int32))[0])
+
+    def _sum_of_workers(self, values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        summed = _sum_function(self.strategy, self.replicas // self.workers)
+        result: npt.NDArray[np.int32] = summed(tf.constant(values)).numpy()
+        return result
+
+
+@functools.cache
+def _sum_function(strategy: tf.distribute.Strategy, replicas_of_worker: int) -> Any:
+    """Sum a vector [N] over the workers, each counted once however many replicas it has."""
+
+    def of_first_replica(values: tf.Tensor) -> tf.Tensor:
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        return values * tf.cast(tf.equal(replica % replicas_of_worker, 0), tf.int32)
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)])
+    def summed(values: tf.Tensor) -> tf.Tensor:
+        each = strategy.run(of_first_replica, args=(values,))
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, each, axis=None)
+
+    return summed
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """The processes that train one network together."""
+
+    hosts: tuple[str, ...]  # host:port of each
+    index: int  # of this one; 0 is the chief
+
+    @classmethod
+    def of(cls, settings: Settings) -> WorkerGroup | None:
+        """From TF_CONFIG, or from the settings and the index that an Indexed Job gives; None for one worker.
+
+        Raises:
+            UsageError: the hosts or the index are missing or contradict the number of workers.
+        """
+        if "TF_CONFIG" in os.environ:
+            return cls._from_tf_config(os.environ["TF_CONFIG"])
+        if settings.workers == 1:
+            return None
+        pattern, index = settings.worker_hosts or "", os.environ.get("JOB_COMPLETION_INDEX", "")
+        if "{index}" in pattern:
+            hosts = tuple(pattern.replace("{index}", str(number)) for number in range(settings.workers))
+        else:
+            hosts = tuple(pattern.split(","))
+        if len(hosts) != settings.workers or not all(re.fullmatch(r"[^:]+:\d+", host) for host in hosts):
+            raise UsageError(
+                f"--worker-hosts must give host:port of {settings.workers} workers, not {pattern!r}; "
+                "example: --worker-hosts resnet-{index}.resnet:2222"
+            )
+        if not index.isdigit() or int(index) >= settings.workers:
+            raise UsageError(
+                f"JOB_COMPLETION_INDEX must be from 0 to {settings.workers - 1}, as --workers says, "
+                f"not {index!r}; an Indexed Job sets it"
+            )
+        return cls(hosts, int(index))
+
+    @classmethod
+    def _from_tf_config(cls, text: str) -> WorkerGroup | None:
+        try:
+            config = json.loads(text)
+            chiefs = config["cluster"].get("chief", [])
+            hosts = (*chiefs, *config["cluster"].get("worker", []))
+            task = config["task"]
+            index = int(task["index"]) + (len(chiefs) if task["type"] == "worker" else 0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"TF_CONFIG must name a cluster of workers and this task, but {error!r}; example: "
+                '{"cluster": {"worker": ["a:2222", "b:2222"]}, "task": {"type": "worker", "index": 0}}'
+            ) from error
+        return cls(hosts, index) if len(hosts) > 1 else None
+
 
 def connect(settings: Settings) -> Cluster:
-    """Take every GPU (or ``--replicas`` of them), else logical CPU devices.
+    """Take every GPU (or ``--replicas`` of them), else logical CPU devices, and meet the other workers.
 
     One device needs no strategy. Must run before TensorFlow touches a device.
 
     Raises:
-        ResourceUnavailable: ``--require-gpu`` and no GPU.
-        UsageError: more replicas than GPUs.
+        ResourceUnavailable: ``--require-gpu`` and no GPU, or a peer did not come.
+        UsageError: more replicas than GPUs, or an impossible group of workers.
     """
     gpus = tf.config.list_physical_devices("GPU")
     if settings.require_gpu and not gpus:
         raise ResourceUnavailable(
-            "--require-gpu: TensorFlow sees no GPU on this machine; check the driver, the "
-            "container's GPU access "
-            "(docker run --gpus all; nvidia.com/gpu in a pod), or leave the option out to train on the CPU"
+            "--require-gpu: TensorFlow sees no GPU on this machine; check the driver and the container's GPU "
+            "access (docker run --gpus all; nvidia.com/gpu in a pod), or leave the option out to use the CPU"
         )
-    return _on_gpus(gpus, settings.replicas) if gpus else _on_cpus(settings.replicas or 1)
+    kind, devices = _take_gpus(gpus, settings.replicas) if gpus else _take_cpus(settings.replicas or 1)
+    group = WorkerGroup.of(settings)
+    if group is None:
+        strategy = local_strategy(kind, len(devices))
+        return Cluster(strategy, devices, on_gpu=kind == "GPU", replicas=len(devices))
+    return Cluster(
+        _strategy_over_workers(group),
+        devices,
+        on_gpu=kind == "GPU",
+        replicas=len(devices) * len(group.hosts),
+        workers=len(group.hosts),
+        index=group.index,
+    )
 
 
-def _on_gpus(gpus: list[tf.config.PhysicalDevice], replicas: int | None) -> Cluster:
+def _take_gpus(gpus: list[tf.config.PhysicalDevice], replicas: int | None) -> tuple[str, tuple[str, ...]]:
     count = replicas or len(gpus)
     if count > len(gpus):
         raise UsageError(
@@ -60,17 +177,14 @@ def _on_gpus(gpus: list[tf.config.PhysicalDevice], replicas: int | None) -> Clus
     tf.config.set_visible_devices(gpus[:count], "GPU")
     for gpu in gpus[:count]:
         tf.config.experimental.set_memory_growth(gpu, True)
-    names = tuple(
-        str(tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name))
-        for gpu in gpus[:count]
-    )
-    return Cluster(local_strategy("GPU", count), names, on_gpu=True, replicas=count)
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus[:count]]
+    return "GPU", tuple(str(detail.get("device_name", "GPU")) for detail in details)
 
 
-def _on_cpus(replicas: int) -> Cluster:
+def _take_cpus(replicas: int) -> tuple[str, tuple[str, ...]]:
     physical = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(physical, [tf.config.LogicalDeviceConfiguration()] * replicas)
-    return Cluster(local_strategy("CPU", replicas), (cpu_name(),) * replicas, on_gpu=False, replicas=replicas)
+    return "CPU", (cpu_name(),) * replicas
 
 
 def local_strategy(kind: str, count: int) -> tf.distribute.Strategy:
@@ -78,6 +192,57 @@ def local_strategy(kind: str, count: int) -> tf.distribute.Strategy:
     if count == 1:
         return tf.distribute.get_strategy()
     return tf.distribute.MirroredStrategy([f"{kind}:{index}" for index in range(count)])
+
+
+def _strategy_over_workers(group: WorkerGroup) -> tf.distribute.Strategy:
+    """Meet the peers and mirror over all their devices. Time-outs are set before: they cannot be later."""
+    context.context().configure_coordination_service(
+        service_type="standalone",
+        service_leader="/job:worker/replica:0/task:0",
+        coordinated_jobs=[coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=len(group.hosts))],
+        cluster_register_timeout_in_ms=int(PEERS_SECONDS * 1000),
+        heartbeat_timeout_in_ms=int(HEARTBEAT_SECONDS * 1000),
+    )
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": list(group.hosts)}),
+        task_type="worker",
+        task_id=group.index,
+        rpc_layer="grpc",
+    )
+    met = threading.Event()
+    threading.Thread(target=_name_missing_peers, args=(group, met), name="peers", daemon=True).start()
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(resolver)
+    except tf.errors.OpError as error:
+        raise ResourceUnavailable(
+            f"worker {group.index} waited {PEERS_SECONDS:g} s for its peers, but misses "
+            f"{', '.join(_unreachable(group)) or 'one that went away again'}: {error.message[:200]}"
+        ) from error
+    finally:
+        met.set()
+
+
+def _name_missing_peers(group: WorkerGroup, met: threading.Event) -> None:
+    while not met.wait(ANNOUNCE_SECONDS):
+        if missing := _unreachable(group):
+            log.warning("worker %d waits for its peers; unreachable: %s", group.index, ", ".join(missing))
+
+
+def _unreachable(group: WorkerGroup) -> list[str]:
+    return [
+        f"worker {number} ({host})"
+        for number, host in enumerate(group.hosts)
+        if number != group.index and not _answers(host)
+    ]
+
+
+def _answers(address: str) -> bool:
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def cpu_name() -> str:

@@ -218,7 +218,9 @@ class Settings:
     sync_batch_norm: bool = True
     deterministic: bool | None = None  # None: on for CPUs, off for GPUs, where it costs speed
     require_gpu: bool = False
-    replicas: int | None = None  # None: every GPU, or one CPU replica
+    replicas: int | None = None  # of each worker; None: every GPU, or one CPU replica
+    workers: int = 1  # processes that train one network together
+    worker_hosts: str | None = None  # their addresses: a pattern with {index}, or a list between commas
     commit_every: Cadence = field(default_factory=Cadence)
     keep: int = 2  # commits that stay restorable
     take_over: bool = False
@@ -229,6 +231,7 @@ class Settings:
         self._at_least("--epochs", self.epochs, 1)
         self._at_least("--batch-size", self.batch_size, 1)
         self._at_least("--keep", self.keep, 1)
+        self._at_least("--workers", self.workers, 1)
         if self.replicas is not None:
             self._at_least("--replicas", self.replicas, 1)
         if not 0 <= self.seed < 2**32:

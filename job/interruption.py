@@ -1,7 +1,8 @@
 """Signals become a flag that the training loop reads, and a deadline that holds whatever the loop does.
 
-A Python signal handler waits while C++ imports, compiles or hangs in a collective. So the C-level handler
-writes to a pipe (``signal.set_wakeup_fd``), and a watchdog thread reads it: it ends the process when the
+A Python signal handler waits while C++ imports, compiles or hangs in a collective, and TensorFlow replaces handlers
+of its own accord (several workers' coordination takes SIGTERM). So the signals are blocked in every thread,
+where no handler matters, and a watchdog thread waits for them with ``sigtimedwait``: it ends the process when the
 grace is over, at once when there is nothing to save, and at a second signal. The last commit is intact at any
 instant, which makes ending at any instant safe.
 """
@@ -9,7 +10,6 @@ instant, which makes ending at any instant safe.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import sys
 import threading
@@ -35,11 +35,7 @@ class Interruption:
     def install(self) -> None:
         """Take SIGTERM and SIGINT over. Main thread only, and before TensorFlow is imported."""
         self._stderr = os.dup(2)  # a later redirection must not swallow the watchdog's last words
-        self._reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # threads inherit it
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @property
@@ -79,15 +75,13 @@ class Interruption:
             self._exit("a second signal came")
         self._exit(f"the grace of {self._grace_seconds:g} s is over")
 
-    def _next_signal(self, timeout: float | None) -> bool:
+    @staticmethod
+    def _next_signal(timeout: float | None) -> bool:
         """Wait for one of our signals; False when the time is over."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            if not select.select([self._reader], [], [], left)[0]:
-                return False
-            if os.read(self._reader, 1)[0] in SIGNALS:
-                return True
+        if timeout is None:
+            signal.sigwait(SIGNALS)
+            return True
+        return signal.sigtimedwait(SIGNALS, timeout) is not None
 
     def _exit(self, reason: str) -> None:
         # os.write, not print: another thread may hold the stream's lock for ever.

@@ -33,7 +33,6 @@ class StepSums:
 
     loss: npt.NDArray[np.float32]  # [K]
     correct: npt.NDArray[np.int32]  # [K]
-    stop: bool  # some worker wants to stop
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,6 @@ class Trainer:
                 tf.TensorSpec([None, None, 2], tf.int32),
                 tf.TensorSpec([None, None], tf.bool),
                 tf.TensorSpec([None], tf.float32),
-                tf.TensorSpec([], tf.int32),
             ],
         )
         self._predict_call = tf.function(self._predictions, reduce_retracing=True)
@@ -137,22 +135,20 @@ class Trainer:
             self._loss_scale.assign(state.loss_scale[0])
             self._finite_steps.assign(state.loss_scale[1])
 
-    def train_steps(self, plan: EpochPlan, rates: npt.NDArray[np.float32], *, stop: bool = False) -> StepSums:
+    def train_steps(self, plan: EpochPlan, rates: npt.NDArray[np.float32]) -> StepSums:
         """Run K optimizer steps of one size.
 
         Args:
             plan: [K, batch, ...] as :meth:`EpochPlan.batches` cuts it.
             rates: [K] learning rates.
-            stop: this worker's wish, agreed over all workers.
         """
-        loss, correct, votes = self._train_call(
+        loss, correct = self._train_call(
             tf.constant(plan.order),
             tf.constant(plan.offsets),
             tf.constant(plan.flips),
             tf.constant(rates, tf.float32),
-            tf.constant(int(stop)),
         )
-        return StepSums(loss.numpy(), correct.numpy(), bool(votes.numpy()))
+        return StepSums(loss.numpy(), correct.numpy())
 
     def predict(self, split: DeviceSplit, *, first: int, count: int) -> Predictions:
         """Predict images ``first`` to ``first + count - 1``, each once."""
@@ -164,8 +160,8 @@ class Trainer:
         return Predictions(loss.numpy()[:count], predicted.numpy()[:count])
 
     def _steps(
-        self, order: tf.Tensor, offsets: tf.Tensor, flips: tf.Tensor, rates: tf.Tensor, stop: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        self, order: tf.Tensor, offsets: tf.Tensor, flips: tf.Tensor, rates: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         count = tf.shape(order)[0]
         losses = tf.TensorArray(tf.float32, size=count)
         corrects = tf.TensorArray(tf.int32, size=count)
@@ -184,7 +180,7 @@ class Trainer:
             self._update(gradients)
             losses = losses.write(step, self._sum(loss))
             corrects = corrects.write(step, self._sum(correct))
-        return losses.stack(), corrects.stack(), self._sum(self._strategy.run(tf.identity, args=(stop,)))
+        return losses.stack(), corrects.stack()
 
     def _sum(self, per_replica: Any) -> tf.Tensor:
         return self._strategy.reduce(tf.distribute.ReduceOp.SUM, per_replica, axis=None)

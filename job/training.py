@@ -18,11 +18,29 @@ import tensorflow as tf
 from job import cifar10, portable, storage
 from job import cluster as hardware
 from job.batches import EpochPlan, steps_per_epoch
-from job.checkpoints import Claim, Commit, Progress, Record, Run, read_config, read_record, superseded_error
+from job.checkpoints import (
+    Claim,
+    Commit,
+    Follower,
+    Progress,
+    Record,
+    Run,
+    read_config,
+    read_record,
+    superseded_error,
+)
 from job.cifar10 import Dataset, Split
 from job.cluster import Cluster
 from job.config import Identity, Settings, check_batches
-from job.errors import Diverged, IdentityConflict, Interrupted, InvalidData, MissingInput, UsageError
+from job.errors import (
+    Diverged,
+    IdentityConflict,
+    Interrupted,
+    InvalidData,
+    MissingInput,
+    ResourceUnavailable,
+    UsageError,
+)
 from job.interruption import Interruption
 from job.publication import Publication
 from job.reporting import Reporter, duration
@@ -53,12 +71,14 @@ def train(settings: Settings, interruption: Interruption, reporter: Reporter) ->
     check_batches(batch_size=settings.batch_size, images=len(splits.train.labels), replicas=cluster.replicas)
     xla = hardware.resolve_xla(settings.xla, cluster, sync_batch_norm=settings.sync_batch_norm)
     location = storage.join(settings.output, settings.name or identity.default_name)
-    with closing(storage.open_store(location)) as store, _host_lock(location, take_over=settings.take_over):
+    with closing(storage.open_store(location)) as store:
         claim = Claim(store, identity, settings=asdict(settings))
-        if finished := _already_finished(claim, settings, splits, reporter):
-            return finished
-        with _claimed(claim, settings) as run:
+        with _peers(cluster), _run_of(claim, settings, cluster, splits, reporter) as run:
+            if run.record.result is not None:
+                return run.record.result
             reporter.note(f"{location}: attempt {run.record.attempt} on {', '.join(cluster.devices)}")
+            # Several workers stop together, at the same step: none may leave at once by itself.
+            interruption.unsaved(cluster.workers > 1)
             attempt = Attempt(settings, identity, cluster, splits, run, interruption, reporter, xla=xla)
             return attempt.run()
 
@@ -81,27 +101,44 @@ class Splits:
 
 
 @contextmanager
-def _host_lock(location: str, *, take_over: bool) -> Iterator[None]:
-    lock = storage.acquire_host_lock(location, take_over=take_over)
+def _peers(cluster: Cluster) -> Iterator[None]:
+    """Say that a peer was lost where a collective among several workers fails."""
     try:
         yield
+    except tf.errors.OpError as error:
+        if cluster.workers == 1:
+            raise
+        raise ResourceUnavailable(
+            f"worker {cluster.index} lost a peer: {error.message[:200]}; the last commit is intact, "
+            "start all workers again to continue"
+        ) from error
+
+
+@contextmanager
+def _run_of(
+    claim: Claim, settings: Settings, cluster: Cluster, splits: Splits, reporter: Reporter
+) -> Iterator[Run]:
+    """The run, claimed by the chief and followed by the others; finished where nothing is left to do."""
+    if not cluster.is_chief:
+        follower = Follower(claim.store)
+        follower.record = Record.from_bytes(cluster.from_chief(b""), claim.store.location)
+        yield follower
+        return
+    lock = storage.acquire_host_lock(claim.store.location, take_over=settings.take_over)
+    try:
+        finished = _already_finished(claim, settings, splits, reporter)
+        run = Follower(claim.store, finished) if finished else claim.claim(keep=settings.keep)
+        try:
+            cluster.from_chief(run.record.to_bytes())
+            yield run
+        finally:
+            run.close()
     finally:
         lock.release()
 
 
-@contextmanager
-def _claimed(claim: Claim, settings: Settings) -> Iterator[Run]:
-    run = claim.claim(keep=settings.keep)
-    try:
-        yield run
-    finally:
-        run.close()
-
-
-def _already_finished(
-    claim: Claim, settings: Settings, splits: Splits, reporter: Reporter
-) -> dict[str, Any] | None:
-    """The result of a run that is complete at least as far as asked; its readable files are mended."""
+def _already_finished(claim: Claim, settings: Settings, splits: Splits, reporter: Reporter) -> Record | None:
+    """The record of a run that is complete at least as far as asked; its readable files are mended."""
     found = claim.look()
     if found is None:
         return None
@@ -118,7 +155,7 @@ def _already_finished(
     twin = portable.plain_twin(identity.network, identity.recipe, precision=identity.precision, seed=0)
     Publication(claim.store, read_config(claim.store) or {}, splits.train, twin).publish(record)
     reporter.note(f"{claim.store.location}: already complete after {done} epochs; nothing to do")
-    return record.result
+    return record
 
 
 class Attempt:
@@ -166,18 +203,24 @@ class Attempt:
 
     def _restore(self) -> None:
         """Continue from the newest whole commit, or start from fresh weights."""
-        restored = self._run.restore(portable.load)
+        chief = self._cluster.is_chief
+        restored = self._run.restore(portable.load) if chief else None
+        # The chief names the commit that all restore: it may have passed over a damaged one.
+        record = self._cluster.from_chief(self._run.record.to_bytes())
+        if not chief:
+            self._run.record = Record.from_bytes(record, self._run.store.location)
+            restored = self._run.restore(portable.load)
         state, self._progress = restored or (portable.state_of(self._twin), Progress())
-        record = self._run.record
-        self._history, self._confusion = list(record.history), record.confusion
+        self._history, self._confusion = list(self._run.record.history), self._run.record.confusion
         if restored:
             state = replace(state, loss_scale=self._progress.loss_scale)
             self._reporter.note(f"continuing from step {self._progress.step}")
         self._trainer.state = state
         self._committed = (self._progress.step, time.monotonic())
-        self._run.withdraw_result()
-        self._run.prune_lower_attempts()
-        self._publication.publish(self._run.record)
+        if chief:
+            self._run.withdraw_result()
+            self._run.prune_lower_attempts()
+            self._publication.publish(self._run.record)
 
     def _train_epoch(self) -> None:
         """Finish the epoch under way, call by call."""
@@ -200,7 +243,7 @@ class Attempt:
         batches = plan.batches(first=progress.batch, count=count, batch_size=self._identity.batch_size)
         rates = np.array([self._rate(progress.step + index) for index in range(count)], np.float32)
         started = time.perf_counter()
-        sums = self._trainer.train_steps(batches, rates, stop=self._interruption.requested)
+        sums = self._trainer.train_steps(batches, rates)
         seconds = time.perf_counter() - started
         self._interruption.unsaved(True)
         self._check_finite(sums.loss)
@@ -229,9 +272,9 @@ class Attempt:
         cadence = self._settings.commit_every
         if cadence.unit == "steps":
             most = min(most, int(cadence.count) - self._progress.step % int(cadence.count))
-        if not self._step_seconds:  # the first call traces, the second is timed
-            return 1
-        return max(1, min(most, int(CALL_SECONDS / self._step_seconds)))
+        # The first call traces, the second is timed.
+        fitting = int(CALL_SECONDS / self._step_seconds) if self._step_seconds else 1
+        return self._cluster.number_from_chief(max(1, min(most, fitting)))
 
     def _rate(self, step: int) -> float:
         return self._identity.recipe.rate(step, self._settings.epochs * self._steps_per_epoch)
@@ -240,13 +283,14 @@ class Attempt:
         if np.isfinite(losses).all():
             return
         self._run.wait()
-        step = self._progress.step + int(np.argmin(np.isfinite(losses))) + 1
-        good = self._run.record.commits[0].progress.step if self._run.record.commits else None
-        self._run.swap(state="diverged")
+        first = int(np.argmin(np.isfinite(losses)))
+        commits = self._run.record.commits
+        good = f"of step {commits[0].progress.step}" if commits else "none"
+        if self._cluster.is_chief:
+            self._run.swap(state="diverged")
         raise Diverged(
-            f"the loss of step {step} is {losses[np.argmin(np.isfinite(losses))]}, not a finite "
-            f"number; the last good "
-            f"commit is {'none' if good is None else f'of step {good}'}; try a smaller --learning-rate"
+            f"the loss of step {self._progress.step + first + 1} is {losses[first]}, not a finite number; "
+            f"the last good commit is {good}; try a smaller --learning-rate"
         )
 
     def _report_progress(self) -> None:
@@ -302,6 +346,7 @@ class Attempt:
             first += count
             if len(parts) > 1 and seconds < CALL_SECONDS / 2:  # the first call traces
                 count *= 2
+            count = self._cluster.number_from_chief(count)
             self._stop_if_asked()
         return Predictions(
             np.concatenate([part.loss for part in parts]), np.concatenate([part.predicted for part in parts])
@@ -320,10 +365,12 @@ class Attempt:
             self._commit()
 
     def _commit(self, state: str = "running") -> None:
-        """Copy the state and commit it in the background."""
+        """Copy the state and commit it in the background: the chief alone, for all."""
+        self._committed = (self._progress.step, time.monotonic())
+        if not self._cluster.is_chief:
+            return
         snapshot = self._trainer.state
         self._progress = replace(self._progress, loss_scale=snapshot.loss_scale)
-        self._committed = (self._progress.step, time.monotonic())
 
         def write(path: Path) -> None:
             if not all(np.isfinite(array).all() for array in snapshot.weights):
@@ -344,12 +391,13 @@ class Attempt:
     def _stop_if_asked(self) -> None:
         if self._run.superseded:
             raise superseded_error(self._run.store.location)
-        if not self._interruption.requested:
+        if not self._cluster.any_worker(self._interruption.requested):
             return
         self._run.store.hurry(min(SAVING_SECONDS, self._interruption.seconds_left))
         if self._committed[0] != self._progress.step or len(self._run.record.history) != len(self._history):
             self._commit(state="interrupted")
         self._run.wait()
+        self._wait_for_chief()
         raise Interrupted(
             f"a signal asked the job to stop; step {self._run.record.commits[0].progress.step} is committed, "
             "run the same command again to continue"
@@ -361,13 +409,19 @@ class Attempt:
         """Wait for the last commit, evaluate on the test set, and complete the record."""
         self._run.wait()
         result = self._result()
-        self._run.swap(state="complete", result=result)
-        self._publication.publish(self._run.record)
+        if self._cluster.is_chief:
+            self._run.swap(state="complete", result=result)
+            self._publication.publish(self._run.record)
+        self._wait_for_chief()
         self._reporter.note(
             f"{self._run.store.location}: complete, accuracy {result['validation']['accuracy']:.4f} on the "
             f"{self._splits.validates_on}, {duration(result['seconds'])} of training and evaluation"
         )
         return result
+
+    def _wait_for_chief(self) -> None:
+        """Hold the other workers until the chief's swap is done, or the chief is lost."""
+        self._cluster.number_from_chief(0)
 
     def _result(self) -> dict[str, Any]:
         identity, last = self._identity, self._history[-1]

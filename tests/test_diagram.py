@@ -79,6 +79,8 @@ def test_many_identical_blocks_are_folded() -> None:
     assert second.folded == [(block(8, projected=True), 1), (block(8), 8)]
     (short,) = stages(build(Network(blocks=(6,), filters=4)))
     assert short.folded == [(block(4), 1)] * 6
+    (long,) = stages(build(Network(blocks=(7,), filters=4)))
+    assert long.folded == [(block(4), 7)]
 
 
 def test_the_picture_says_what_the_network_is(tmp_path: Path, texts: list[tuple[str, Box]]) -> None:
@@ -124,6 +126,22 @@ def test_skip_connections_are_drawn_where_they_are(
     explained = " ".join(text for text, _ in texts)
     assert ("skip connection" in explained) == (diagram.IDENTITY in expected)
     assert ("projection" in explained) == (diagram.PROJECTION in expected)
+
+
+def test_identities_are_solid_and_projections_dashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: Counter[tuple[Any, bool]] = Counter()
+    original = diagram._Pen.path
+
+    def path(pen: diagram._Pen, *points: Any, **options: Any) -> None:
+        lines[options.get("fill", diagram.LINE), options.get("dashed", False)] += 1
+        original(pen, *points, **options)
+
+    monkeypatch.setattr(diagram._Pen, "path", path)
+    draw(build(Network()), str(tmp_path / "resnet.png"))
+    # One a block, and one in the legend.
+    assert lines[diagram.IDENTITY, False] == 11 + 1
+    assert lines[diagram.PROJECTION, True] == 3 + 1
+    assert lines[diagram.IDENTITY, True] == lines[diagram.PROJECTION, False] == 0
 
 
 @pytest.mark.parametrize("model", ["resnet", "plainnet"])

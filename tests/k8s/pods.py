@@ -17,7 +17,7 @@ Start = Callable[[Pod, Manifest, list[str], Environment, Path], "subprocess.Pope
 
 
 def folders(pod: Pod, container: Manifest, root: Path) -> dict[str, tuple[Path, bool]]:
-    """Mount path -> folder here, and whether the mount is read-only. A claim outlives the pod, the rest does not."""
+    """Mount path -> folder here, and whether the mount is read-only. Only a claim outlives the pod."""
     found = {}
     for mount in container.get("volumeMounts", []):
         (volume,) = (volume for volume in pod.spec["volumes"] if volume["name"] == mount["name"])
@@ -34,18 +34,16 @@ def start(
     pod: Pod,
     container: Manifest,
     root: Path,
-    *,
-    index: int = 0,
     **changes: str,
 ) -> subprocess.Popen[str]:
     """Start one container of a pod, ``changes`` in place of its settings."""
-    environment = manifests.environment(pod, container, index=index) | changes
-    arguments = manifests.arguments(pod, container, index=index)
+    environment = manifests.environment(pod, container) | changes
+    arguments = manifests.arguments(pod, container)
     return how(pod, container, arguments, environment, root)
 
 
 def run(how: Start, manifests: Manifests, pod: Pod, root: Path, **changes: str) -> tuple[int, str]:
-    """Run a pod's containers one after the other as the kubelet does; return the first failure's code and output."""
+    """Run a pod's containers in turn, to the first failure; return the last one's exit code and output."""
     for container in pod.containers:
         process = start(how, manifests, pod, container, root, **changes)
         output = process.communicate()[0]
@@ -75,6 +73,5 @@ def as_process(
 
 
 def _moved(value: str, places: dict[str, tuple[Path, bool]]) -> str:
-    for path, (folder, _) in places.items():
-        value = re.sub(rf"^{re.escape(path)}(?=/|$)", str(folder), value)
-    return value
+    mounts = "|".join(map(re.escape, places))
+    return re.sub(rf"^({mounts})(?=/|$)", lambda match: str(places[match[1]][0]), value)

@@ -1,4 +1,4 @@
-"""The make targets for a cluster, with a stand-in for kubectl that logs what it is asked and renders for real."""
+"""The make targets for a cluster, with a stand-in for kubectl that logs what it is asked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Make = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Run make; every call of kubectl becomes a line of ``calls``, what is applied lands in ``applied.yaml``."""
+    """Run make; kubectl's calls become lines of ``calls``, what is applied lands in ``applied.yaml``."""
     kubectl = tmp_path / "kubectl"
     kubectl.write_text(
         f"""#!/bin/sh

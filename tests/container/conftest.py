@@ -1,0 +1,95 @@
+"""Podman, the two images as `make docker-build` makes them, and the figures that a run of these tests ends with."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.container import engine as podman
+from tests.container.engine import ROOT, USER, Engine
+
+NAME = "localhost/cifar-residual-job-test"
+FIGURES = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "gpu_image: builds the image with CUDA's libraries (7 GB), on demand: -m gpu_image"
+    )
+    config.stash[FIGURES] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[FIGURES]:
+        terminalreporter.section("container images")
+        for line in config.stash[FIGURES]:
+            terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def figures(request: pytest.FixtureRequest) -> list[str]:
+    """Lines for the summary: sizes and times."""
+    return request.config.stash[FIGURES]
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """Podman; a machine that cannot run it fails the tests, which nobody has asked for by accident."""
+    try:
+        engine = podman.prepare()
+    except podman.Unsuitable as problem:
+        pytest.fail(str(problem), pytrace=False)
+    engine.clean()
+    yield engine
+    engine.clean()
+
+
+@dataclass(frozen=True)
+class Images:
+    """The names of the images under test."""
+
+    job: str
+    tensorboard: str
+
+
+@pytest.fixture(scope="session")
+def images(engine: Engine, figures: list[str]) -> Images:
+    """Both images, built as a user builds them, for the CPU."""
+    images = Images(job=f"{NAME}:1", tensorboard=f"{NAME}-tensorboard:1")
+    arguments = ["DOCKER=podman", f"IMAGE={images.job}", f"BUILD_ARGS={shlex.join(podman.build_arguments())}"]
+    environment = {name: value for name, value in engine.environment.items() if not name.startswith("MAKE")}
+    started = time.monotonic()
+    with podman.replacing(engine, images.job, images.tensorboard):
+        built = subprocess.run(
+            ["make", "docker-build", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if built.returncode:
+        pytest.fail(f"make docker-build failed:\n{built.stdout[-6000:]}{built.stderr[-6000:]}", pytrace=False)
+    cached = built.stdout.count("Using cache")
+    figures.append(f"both images built in {time.monotonic() - started:.1f} s, {cached} steps from the cache")
+    return images
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A folder that the images' user may write to, to mount as /runs."""
+    return owned(tmp_path / "runs")
+
+
+def owned(folder: Path, user: int = USER) -> Path:
+    """Make a folder that belongs to ``user``."""
+    folder.mkdir()
+    os.chown(folder, user, user)
+    return folder
