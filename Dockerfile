@@ -36,10 +36,12 @@ RUN --mount=type=cache,target=/var/cache/pip \
     && /opt/venv/bin/pip uninstall -y pip \
     && apt-get purge -y --auto-remove python3-venv \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/*
-# gcsfs remembers listings for ever by default: a live TensorBoard would never see a new segment.
+# gcsfs remembers listings for ever by default: a live TensorBoard would never see a new segment. And it asks for every
+# bucket's type by gRPC, for a minute each time where that is out of reach, though runs need none of those types.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    FSSPEC_GCS='{"use_listings_cache": false}'
+    FSSPEC_GCS='{"use_listings_cache": false}' \
+    GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT=false
 # Set by `make docker-build`.
 ARG VERSION=unknown
 ARG REVISION=unknown
@@ -56,9 +58,8 @@ USER 10001:10001
 # TensorBoard's default.
 EXPOSE 6006
 # The fast loader cannot read gs:// live. A container is reached from outside, so localhost alone would be no use.
-ENTRYPOINT ["tensorboard", "--load_fast=false", "--bind_all"]
-# An argument of the user's replaces it.
-CMD ["--logdir=/runs"]
+# Arguments of the user's come behind, and a second --logdir replaces the first.
+ENTRYPOINT ["tensorboard", "--load_fast=false", "--bind_all", "--logdir=/runs"]
 
 
 # ---- The job's packages, each instruction as above
@@ -94,10 +95,9 @@ ARG DATA=job/sample
 COPY ${DATA} /data
 # The program, to verify every file.
 COPY job /app/job
-WORKDIR /app
 # Readable by the job's user, whatever the umask of the checkout.
 RUN if [ "${DATA}" = job/sample ]; then rm /data/*; \
-    else chmod -R a+rX /data && /opt/venv/bin/python -m job data verify /data; fi
+    else chmod -R a+rX /data && PYTHONPATH=/app /opt/venv/bin/python -m job data verify /data; fi
 
 
 # ---- The job

@@ -89,12 +89,12 @@ docker-build: ## build the images for training and for TensorBoard [IMAGE= BUILD
 docker-run: ## train MODEL=resnet or MODEL=plainnet in a container [DATA= OUTPUT=gs://... EPOCHS= ARGS=]
 	@test -n "$(MODEL)" || { echo "MODEL must be resnet or plainnet, but it is empty; example: make docker-run MODEL=resnet" >&2; exit 2; }
 	@$(DOCKER) image inspect $(JOB_IMAGE) > /dev/null 2>&1 || $(MAKE) --no-print-directory docker-build
-	@$(AS_CALLER); $(WITH_GPUS); $(WITH_DATA); $(WITH_OUTPUT); $(WITH_CREDENTIALS); set -x; \
+	@$(AS_CALLER); $(WITH_GPUS); $(WITH_DATA); $(call WITH_OUTPUT); $(WITH_CREDENTIALS); set -x; \
 	$(DOCKER) run "$$@" $(DOCKER_ARGS) $(JOB_IMAGE) train --model $(MODEL) $(if $(EPOCHS),--epochs $(EPOCHS)) $(ARGS)
 
 docker-tensorboard: ## show the runs of OUTPUT (a folder or gs://...) at localhost:6006 [PORT=]
 	@$(DOCKER) image inspect $(BOARD_IMAGE) > /dev/null 2>&1 || $(MAKE) --no-print-directory docker-build
-	@$(AS_CALLER); $(WITH_OUTPUT); $(WITH_CREDENTIALS); set -x; \
+	@$(AS_CALLER); $(call WITH_OUTPUT,:ro); $(WITH_CREDENTIALS); set -x; \
 	$(DOCKER) run "$$@" --publish 127.0.0.1:$(PORT):6006 $(DOCKER_ARGS) $(BOARD_IMAGE) \
 		--logdir $(if $(filter gs://%,$(OUTPUT)),$(OUTPUT),/runs) $(ARGS)
 
@@ -249,7 +249,7 @@ endef
 define WITH_OUTPUT
 case "$(OUTPUT)" in \
 	gs://*) set -- "$$@" --env "JOB_OUTPUT=$(OUTPUT)" ;; \
-	*) mkdir -p "$(OUTPUT)"; set -- "$$@" --volume "$$(realpath "$(OUTPUT)"):/runs" ;; \
+	*) mkdir -p "$(OUTPUT)"; set -- "$$@" --volume "$$(realpath "$(OUTPUT)"):/runs$(1)" ;; \
 esac
 endef
 define WITH_CREDENTIALS

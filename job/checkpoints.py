@@ -156,12 +156,14 @@ class Run:
         """Read the newest commit that is whole, or None for a run without commits.
 
         Raises:
+            Superseded: a newer attempt owns the run.
             InvalidData: commits exist, but none can be read.
         """
         for index, commit in enumerate(self.record.commits):
             try:
                 state = self._read_commit(commit, read)
             except (NotFound, InvalidData) as error:
+                self._check_fence()  # a newer attempt may have pruned it
                 log.warning("%s/%s: %s; trying the commit before it", self.store.location, commit.name, error)
                 continue
             self.record = replace(
@@ -300,12 +302,13 @@ class Run:
 
     def _poll_fence(self) -> None:
         while not self._closed.wait(FENCE_POLL_SECONDS):
-            try:
-                record = Record.from_bytes(self.store.read(RECORD)[0], RECORD)
-            except (JobError, NotFound):
-                continue
-            if record.nonce != self.record.nonce:
-                self._superseded.set()
+            with suppress(JobError, NotFound):
+                self._check_fence()
+
+    def _check_fence(self) -> None:
+        if Record.from_bytes(self.store.read(RECORD)[0], RECORD).nonce != self.record.nonce:
+            self._superseded.set()
+            raise superseded_error(self.store.location)
 
     def close(self) -> None:
         """Let the run go. A commit in flight is waited for; what it met was raised, or is by :meth:`wait`."""

@@ -1,4 +1,4 @@
-"""The checkpoint protocol on a local disk, without TensorFlow: units, and random histories of many attempts."""
+"""The checkpoint protocol on a local disk, without TensorFlow: units, and random histories of attempts."""
 
 from __future__ import annotations
 
@@ -504,9 +504,11 @@ class Histories(RuleBasedStateMachine):
         good = [digest for digest in attempt.digests if digest not in self.model.damaged]
         try:
             restored = attempt.run.restore(read_payload)
-        except InvalidData:
-            assert attempt is not self.model.owner or not good
+        except (InvalidData, Superseded) as error:
             attempt.alive = False
+            fenced = attempt is not self.model.owner
+            if isinstance(error, Superseded) != fenced or (good and not fenced):
+                raise
             return
         attempt.started = True
         if attempt is self.model.owner:
@@ -571,7 +573,7 @@ class Histories(RuleBasedStateMachine):
         if not attempt.alive:
             return
         attempt.alive = False
-        attempt.store._left = changes
+        attempt.store.die_after(changes)
         self.digest += 1
         with contextlib.suppress(Killed, Superseded):
             commit(attempt.run, self.digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,10 @@ from tests.container import engine as podman
 from tests.container.engine import ROOT, USER, Engine
 
 NAME = "localhost/cifar-residual-job-test"
+TINY = ("--data", "sample", "--blocks", "1,1,1", "--filters", "8")
+EPOCHS, STEPS_PER_EPOCH = 16, 8  # 1,000 images in batches of 128
+RESNET = ("train", "--model", "resnet", *TINY, "--epochs", str(EPOCHS))
+PLAINNET = ("train", "--model", "plainnet", *TINY, "--epochs", "1")
 FIGURES = pytest.StashKey[list[str]]()
 
 
@@ -42,13 +48,14 @@ def figures(request: pytest.FixtureRequest) -> list[str]:
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
     """Podman; a machine that cannot run it fails the tests, which nobody has asked for by accident."""
-    try:
-        engine = podman.prepare()
-    except podman.Unsuitable as problem:
-        pytest.fail(str(problem), pytrace=False)
-    engine.clean()
-    yield engine
-    engine.clean()
+    with podman.exclusive():
+        try:
+            engine = podman.prepare()
+        except podman.Unsuitable as problem:
+            pytest.fail(str(problem), pytrace=False)
+        engine.clean()
+        yield engine
+        engine.clean()
 
 
 @dataclass(frozen=True)
@@ -93,3 +100,47 @@ def owned(folder: Path, user: int = USER) -> Path:
     folder.mkdir()
     os.chown(folder, user, user)
     return folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder."""
+
+    folder: Path
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text())
+
+    def outcome(self) -> dict[str, Any]:
+        """All numbers of the result and the history that do not measure time or memory."""
+        result, history = self.json("result.json"), self.json("record.json")["history"]
+        kept = {key: result[key] for key in ("train", "validation", "test", "confusion", "steps", "epochs")}
+        scalars = [
+            (entry["step"], *(entry[split][key] for split in ("train", "validation") for key in ("loss", "accuracy")))
+            for entry in history
+        ]
+        return {**kept, "history": scalars}
+
+
+def only_run(runs: Path, model: str = "") -> Run:
+    """The one run in a folder, or the one of a model."""
+    (folder,) = (path for path in runs.iterdir() if not path.name.startswith(".") and path.name.startswith(model))
+    return Run(folder)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Two runs in one folder that nothing disturbed."""
+
+    resnet: Run
+    plainnet: Run
+    log: str  # of the ResNet's container
+
+
+@pytest.fixture(scope="session")
+def trained(engine: Engine, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A ResNet and a PlainNet, each trained by a strictly confined container of its own."""
+    runs = owned(tmp_path_factory.mktemp("trained") / "runs")
+    finished = [engine.run(images.job, *command, runs=runs) for command in (RESNET, PLAINNET)]
+    assert [each.returncode for each in finished] == [0, 0], [each.stderr for each in finished]
+    return Trained(only_run(runs, "resnet"), only_run(runs, "plainnet"), finished[0].stderr)

@@ -5,6 +5,7 @@ What takes long, a base image and the layers of builds, is kept between test run
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shutil
@@ -119,6 +120,15 @@ class Engine:
             self("rm", "--force", "--time", "0", *leftovers, check=False)
         self("image", "prune", "--force", "--filter", "until=168h", check=False)
         subprocess.run(["umount", CACHE / "storage" / "overlay"], capture_output=True, check=False)
+
+
+@contextmanager
+def exclusive() -> Iterator[None]:
+    """Wait for other runs of these tests, of whatever checkout, to leave the storage: each cleans up behind all."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def prepare() -> Engine:

@@ -40,18 +40,27 @@ class MortalStore:
         self._store = store
         self._left = die_after
         self.location = store.location
+        self.calls: list[str] = []
         self.changes: list[str] = []
         self.before: Callable[[str, str], None] = lambda verb, name: None
 
+    def die_after(self, changes: int) -> None:
+        """Die after so many further changes."""
+        self._left = changes
+
     def _change(self, verb: str, name: str, action: Callable[[], Any]) -> Any:
-        self.before(verb, name)
-        self._live()
-        answer = action()
+        answer = self._call(verb, name, action)
         self.changes.append(f"{verb} {name}")
         if self._left is not None:
             self._left -= 1
         self._live()  # a lost answer: the store has changed, the process does not know
         return answer
+
+    def _call(self, verb: str, name: str, action: Callable[[], Any]) -> Any:
+        self.before(verb, name)
+        self._live()
+        self.calls.append(f"{verb} {name}")
+        return action()
 
     def _live(self) -> None:
         if self._left is not None and self._left <= 0:
@@ -77,16 +86,15 @@ class MortalStore:
         self._store.check(write=write)
 
     def read(self, name: str) -> tuple[bytes, str]:
-        self._live()
-        return self._store.read(name)
+        answer: tuple[bytes, str] = self._call("read", name, lambda: self._store.read(name))
+        return answer
 
     def download(self, name: str, path: Path) -> None:
-        self._live()
-        self._store.download(name, path)
+        self._call("download", name, lambda: self._store.download(name, path))
 
     def list(self, prefix: str = "") -> Entries:
-        self._live()
-        return self._store.list(prefix)
+        entries: Entries = self._call("list", prefix, lambda: self._store.list(prefix))
+        return entries
 
     def staging(self) -> Path:
         return self._store.staging()
@@ -130,28 +138,28 @@ def publish(store: Store, record: Record) -> None:
             store.create(RESULT, json.dumps(record.result).encode())
 
 
-def play(store: Store, *, run_class: type[Run] = Run) -> None:
+def play(store: Store, *, run_class: type[Run] = Run, epochs: int = EPOCHS) -> None:
     """One attempt on the run, to its end. Raises what the protocol raises, and ``Killed``."""
     claim = Claim(store, IDENTITY)
     found = claim.look()
-    if found is not None and found[0].state == "complete":
+    if found is not None and found[0].state == "complete" and len(found[0].history) >= epochs:
         publish(store, found[0])
         return
     with mock.patch.object(checkpoints, "Run", run_class):
         run = claim.claim(keep=KEEP)
     try:
-        _train(run)
+        _train(run, epochs)
     finally:
         run.close()
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, epochs: int) -> None:
     digest, progress = run.restore(read_payload) or (0, Progress())
     history, committed = list(run.record.history), progress.step
     run.withdraw_result()
     run.prune_lower_attempts()
     publish(run.store, run.record)
-    while progress.epoch < EPOCHS:
+    while progress.epoch < epochs:
         if progress.batch < STEPS_PER_EPOCH:
             step = progress.step + 1
             digest = step_on(digest, step)
@@ -161,7 +169,7 @@ def _train(run: Run) -> None:
                 {"epoch": progress.epoch, "step": progress.step, "wall_time": time.time(), "loss": digest}
             )
             progress = Progress(step=progress.step, epoch=progress.epoch + 1)
-        if progress.step - committed >= EVERY or progress.epoch == EPOCHS:
+        if progress.step - committed >= EVERY or progress.epoch == epochs:
             committed = progress.step
             _commit(run, digest, progress, history)
     run.wait()

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from unittest import mock
 from job.checkpoints import MODEL, Run, read_record
 from job.errors import JobError, Superseded
 from job.storage import LocalStore, Store
-from tests.durability.protocol import MortalStore, play, play_until_killed
+from tests.durability.protocol import EPOCHS, MortalStore, play, play_until_killed
 from tests.durability.verdicts import (
     check_commits_are_whole,
     check_is_complete,
@@ -30,7 +31,7 @@ from tests.durability.verdicts import (
 )
 
 NewStore = Callable[[], Store]
-OLDER_CHECKPOINT = r"checkpoints/step-\d{10}-a0001-[0-9a-f]+\.keras"
+OLDER_CHECKPOINT = r"checkpoints/step-\d{10}-a0002-[0-9a-f]+\.keras"
 
 
 def changes_of_a_whole_run(store: Store, run_class: type[Run] = Run) -> list[str]:
@@ -42,6 +43,12 @@ def changes_of_a_whole_run(store: Store, run_class: type[Run] = Run) -> list[str
     return mortal.changes
 
 
+def prepare_extension(store: Store) -> None:
+    """Complete a shorter run, and leave the litter of a killed attempt."""
+    play(store, epochs=EPOCHS - 1)
+    store.create("checkpoints/step-0000000009-a0001-0badcafe.keras", b"unnamed")
+
+
 def kill_after_every_change(new_store: NewStore, run_class: type[Run] = Run) -> int:
     """Kill an attempt after each of its changes and let the next one finish. Returns the number of kills."""
     whole = new_store()
@@ -50,32 +57,38 @@ def kill_after_every_change(new_store: NewStore, run_class: type[Run] = Run) -> 
         store = new_store()
         assert play_until_killed(store, die_after, run_class=run_class)
         check_readers_are_safe(store)
-        _survive(lambda store=store: play(store, run_class=run_class))
+        _survive(partial(play, store, run_class=run_class))
         check_same_end(store, whole)
         store.close()
     whole.close()
     return len(changes) + 1
 
 
-def freeze_before_every_change(new_store: NewStore, run_class: type[Run] = Run) -> int:
-    """Freeze an attempt before each change after its claim; a newer one finishes the run; then thaw the older.
+def freeze_before_every_call(new_store: NewStore, run_class: type[Run] = Run) -> int:
+    """Freeze an attempt before each call of the store after its claim until a newer one has finished the run.
 
-    Returns the number of times that the older one was superseded.
+    The run is an extension of a complete one, so that there is something to prune and a result to withdraw.
+    Returns the number of times that the older attempt was superseded.
     """
     whole = new_store()
-    changes = changes_of_a_whole_run(whole, run_class)
-    claimed = changes.index("swap record.json") + 1
-    fenced = sum(_freeze(new_store(), whole, number, run_class) for number in range(claimed, len(changes)))
+    prepare_extension(whole)
+    mortal = MortalStore(whole)
+    play(mortal, run_class=run_class)
+    claimed = mortal.calls.index("swap record.json") + 1
+    fenced = sum(
+        _freeze(new_store(), whole, number, run_class) for number in range(claimed, len(mortal.calls))
+    )
     whole.close()
     return fenced
 
 
 def _freeze(store: Store, whole: Store, number: int, run_class: type[Run]) -> bool:
+    prepare_extension(store)
     older, superseded = MortalStore(store), False
     finished: dict[str, str] = {}
 
     def finish_meanwhile(verb: str, name: str) -> None:
-        if len(older.changes) == number and not finished:
+        if len(older.calls) == number and not finished:
             _survive(lambda: play(store, run_class=run_class))
             check_same_end(store, whole)
             finished.update(versions(store))
@@ -164,7 +177,7 @@ def _survive(action: Callable[[], None]) -> None:
         raise AssertionError(f"an undisturbed attempt failed: {error!r}") from error
 
 
-def stores_in(folder: Path, kind: Callable[[str], Store]) -> Iterator[Store]:
+def stores_in(folder: str, kind: Callable[[str], Store]) -> Iterator[Store]:
     """Make stores below a folder, one after another."""
     number = 0
     while True:

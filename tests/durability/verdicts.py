@@ -59,25 +59,28 @@ def check_commits_are_whole(store: Store, record: Record) -> None:
 def check_is_complete(store: Store) -> None:
     """The run is finished, tidy, and has the files that people read."""
     record = read_record(store)
-    assert record.state == "complete"
+    assert record.state == "complete", f"the run is {record.state}"
     check_readers_are_safe(store)
     names = {entry.name for entry in store.list()}
-    assert {MODEL, RESULT, "config.json"} <= names
-    assert {f"train/events.out.tfevents.{entry['step']:010d}" for entry in record.history} <= names
-    assert content(store, MODEL) == content(store, record.commits[0].name)
+    expected = {f"train/events.out.tfevents.{entry['step']:010d}" for entry in record.history}
+    missing = {MODEL, RESULT, "config.json", *expected} - names
+    assert not missing, f"a complete run lacks {missing}"
+    assert content(store, MODEL) == content(store, record.commits[0].name), f"{MODEL} is another state"
 
 
 def check_no_litter(store: Store) -> None:
     """Nothing but the named checkpoints is left: of a run whose last attempt nobody fenced."""
     named = {commit.name for commit in read_record(store).commits}
-    assert {entry.name for entry in store.list("checkpoints/")} == named
+    litter = {entry.name for entry in store.list("checkpoints/")} - named
+    assert not litter, f"nobody names {litter}"
 
 
 def check_newer_is_untouched(
     before: dict[str, str], after: dict[str, str], *, allowed: str = r"(?!)"
 ) -> None:
     """An older attempt changed and deleted nothing; it may have added names that match ``allowed``."""
-    assert {name: after.get(name) for name in before} == before
+    changed = [name for name in before if after.get(name) != before[name]]
+    assert not changed, f"the older attempt touched {changed}"
     added = [name for name in after.keys() - before.keys() if not re.fullmatch(allowed, name)]
     assert not added, f"the older attempt made {added}"
 
@@ -99,5 +102,6 @@ def content(store: Store, name: str) -> bytes:
 def check_same_history(store: Store, whole: Store) -> None:
     """Metrics, without times, and result are those of the undisturbed run."""
     left, right = read_record(store), read_record(whole)
-    assert without_times(left.history) == without_times(right.history)
-    assert left.confusion == right.confusion
+    histories = [without_times(record.history) for record in (left, right)]
+    assert histories[0] == histories[1], f"another history: {histories}"
+    assert left.confusion == right.confusion, "another confusion matrix"

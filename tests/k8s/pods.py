@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.container.engine import OFFLINE, Engine
 from tests.k8s.manifests import ROOT, Manifest, Manifests, Pod, image_name, stage_of
 
 Environment = dict[str, str]
@@ -75,3 +76,49 @@ def as_process(
 def _moved(value: str, places: dict[str, tuple[Path, bool]]) -> str:
     mounts = "|".join(map(re.escape, places))
     return re.sub(rf"^({mounts})(?=/|$)", lambda match: str(places[match[1]][0]), value)
+
+
+def in_container(engine: Engine, image: str, *, fs_group: bool = True) -> Start:
+    """Containers as the kubelet would start them: user, mounts, limits and restrictions of the manifest."""
+
+    def start(
+        pod: Pod, container: Manifest, arguments: list[str], environment: Environment, root: Path
+    ) -> subprocess.Popen[str]:
+        mounts = []
+        for path, (folder, read_only) in folders(pod, container, root).items():
+            if fs_group:
+                _let_group_write(folder, pod.spec["securityContext"]["fsGroup"])
+            mounts.append(f"--volume={folder}:{path}:{'ro' if read_only else 'rw'}")
+        variables = [f"--env={name}={value}" for name, value in environment.items()]
+        command = ["podman", "run", "--rm", OFFLINE, *_restrictions(pod, container), *mounts, *variables]
+        return subprocess.Popen(
+            [*command, image, *arguments],
+            env=dict(engine.environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def _let_group_write(folder: Path, group: int) -> None:
+    """What the kubelet does to a volume for ``fsGroup``: its owner stays, its group may write."""
+    os.chown(folder, -1, group)
+    folder.chmod(0o2775)
+
+
+def _restrictions(pod: Pod, container: Manifest) -> list[str]:
+    """The pod's and the container's security context and limits, in podman's words."""
+    user, own = pod.spec["securityContext"], container["securityContext"]
+    assert own["readOnlyRootFilesystem"]
+    assert not own["allowPrivilegeEscalation"]
+    return [
+        f"--user={user['runAsUser']}:{user['runAsGroup']}",
+        "--passwd=false",  # Kubernetes adds no entry for the user
+        "--read-only",
+        "--read-only-tmpfs=false",
+        "--security-opt=no-new-privileges",
+        *(f"--cap-drop={capability}" for capability in own["capabilities"]["drop"]),
+        f"--memory={container['resources']['limits']['memory'].removesuffix('i')}",
+    ]

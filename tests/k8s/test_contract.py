@@ -321,6 +321,9 @@ def test_nothing_temporary_can_fill_a_node(variant: str) -> None:
         for container in pod.containers:
             assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
             assert "memory" in container["resources"]["limits"]
+            # The server stores strings: a number would make every `kubectl apply` report a change.
+            for amounts in container["resources"].values():
+                assert all(isinstance(amount, str) for amount in amounts.values())
     for pod in load(variant).training_pods:
         (shared,) = (
             volume

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from tests.container.conftest import Images
+from tests.container.engine import Engine
 from tests.k8s import pods
 from tests.k8s.manifests import Manifests, Pod, load
 from tests.k8s.test_contract import decision
+
+BUILD_SECONDS = 1800  # of the first test in a container, on a machine that has built nothing before
 
 
 @pytest.fixture
@@ -42,6 +46,19 @@ def check_result(manifests: Manifests, pod: Pod, root: Path) -> None:
     assert result["blocks"] == [int(count) for count in settings["JOB_BLOCKS"].split(",")]
 
 
+@pytest.fixture(
+    params=[
+        "process",
+        pytest.param("container", marks=[pytest.mark.container, pytest.mark.timeout(BUILD_SECONDS)]),
+    ]
+)
+def how(request: pytest.FixtureRequest) -> pods.Start:
+    """How to start a container of a pod here."""
+    if request.param == "process":
+        return pods.as_process
+    return pods.in_container(request.getfixturevalue("engine"), request.getfixturevalue("images").job)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "code"),
     [
@@ -52,10 +69,10 @@ def check_result(manifests: Manifests, pod: Pod, root: Path) -> None:
     ],
 )
 def test_a_wrong_setting_fails_the_job_at_once_and_says_why(
-    cpu: Manifests, tmp_path: Path, name: str, value: str, code: int
+    cpu: Manifests, tmp_path: Path, how: pods.Start, name: str, value: str, code: int
 ) -> None:
     pod = pod_of(cpu, "resnet")
-    ended, output = pods.run(pods.as_process, cpu, pod, tmp_path, **{name: value})
+    ended, output = pods.run(how, cpu, pod, tmp_path, **{name: value})
     assert (ended, decided(pod, ended)) == (code, "FailJob"), output
     assert value.removeprefix("/") in output
 
@@ -70,18 +87,44 @@ def test_a_missing_gpu_is_counted(cpu: Manifests, tmp_path: Path) -> None:
     assert "GPU" in output
 
 
-@pytest.mark.slow
-def test_a_pod_runs_to_completion_and_the_same_pod_again_finds_it_complete(
-    cpu: Manifests, tmp_path: Path
-) -> None:
-    pod = pod_of(cpu, "plainnet")
-    ended, output = pods.run(pods.as_process, cpu, pod, tmp_path)
+def run_to_completion(how: pods.Start, manifests: Manifests, model: str, root: Path) -> None:
+    """Run a pod, and once more as if its Job had been deleted and applied again."""
+    pod = pod_of(manifests, model)
+    ended, output = pods.run(how, manifests, pod, root)
     assert ended == 0, output
-    check_result(cpu, pod, tmp_path)
-
-    ended, output = pods.run(pods.as_process, cpu, pod, tmp_path)  # a Job deleted and applied again
+    check_result(manifests, pod, root)
+    ended, output = pods.run(how, manifests, pod, root)
     assert ended == 0, output
     assert "already complete" in output
+
+
+@pytest.mark.slow
+def test_a_pod_runs_to_completion(cpu: Manifests, tmp_path: Path) -> None:
+    run_to_completion(pods.as_process, cpu, "plainnet", tmp_path)
+
+
+@pytest.mark.container
+@pytest.mark.timeout(BUILD_SECONDS)
+@pytest.mark.parametrize("model", ["resnet", "plainnet"])
+def test_a_pod_runs_to_completion_as_containers(
+    cpu: Manifests, tmp_path: Path, model: str, engine: Engine, images: Images
+) -> None:
+    run_to_completion(pods.in_container(engine, images.job), cpu, model, tmp_path)
+
+
+@pytest.mark.container
+@pytest.mark.timeout(BUILD_SECONDS)
+def test_a_volume_that_the_user_may_not_write_to_fails_the_job(
+    cpu: Manifests, tmp_path: Path, engine: Engine, images: Images
+) -> None:
+    """What the manifests' ``fsGroup`` prevents."""
+    pod = pod_of(cpu, "resnet")
+    how = pods.in_container(engine, images.job, fs_group=False)
+    (tmp_path / "pod-resnet/spool").mkdir(parents=True)
+    (tmp_path / "pod-resnet/spool").chmod(0o777)  # an emptyDir is for everyone
+    ended, output = pods.run(how, cpu, pod, tmp_path)
+    assert (ended, decided(pod, ended)) == (77, "FailJob"), output
+    assert "fsGroup" in output
 
 
 @pytest.mark.slow

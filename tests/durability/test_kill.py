@@ -1,0 +1,96 @@
+"""SIGKILL anywhere: the same command finishes to the bits, metrics and events of an undisturbed run."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.durability.conftest import Place
+from tests.durability.outcome import Outcome, check_same_outcome
+from tests.durability.verdicts import check_no_litter, check_readers_are_safe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+# What is killed, the driver's point, and the how-manieth time in its process. Each process of a chain goes on
+# where the one before was killed. Two epochs of 8 steps; a commit every 3 steps.
+CHAINS = {
+    "starting": [
+        ("start-up", "load", 1),
+        ("before the claim", "claim", 1),
+        ("between configuration and claim", "config created", 1),
+        ("before the claim's swap", "swap", 1),
+        ("after the claim's swap", "swapped", 1),
+        ("in the first call", "called", 1),
+    ],
+    "training": [
+        ("mid-epoch", "called", 2),
+        ("while a checkpoint is written", "half written", 1),
+        ("before an upload", "upload", 1),
+        ("while it uploads", "half uploaded", 1),
+        ("between upload and swap", "swap", 2),
+        ("after a swap", "swapped", 2),
+        ("during evaluation", "predicted", 1),
+        ("between swap and segment", "segment", 1),
+        ("between two segments", "segment created", 1),
+        ("before a prune", "delete", 1),
+        ("during a prune", "deleted", 1),
+    ],
+    "finishing": [
+        ("before the last swap", "last swap", 1),
+        ("after the last swap", "last swapped", 1),
+        ("before the model", "copy", 1),
+        ("between model and result", "copied", 1),
+        ("after the result", "result created", 1),
+    ],
+}
+LONGEST_LIFE_SECONDS = 4.0  # about as long as a whole run takes once TensorFlow is imported
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_killed_at_every_point_of(name: str, place: Place, reference: Outcome) -> None:
+    for _, point, count in CHAINS[name]:
+        place.stopped_at(point, count).kill()
+        check_readers_are_safe(place.store)
+    place.finish()
+    check_same_outcome(place.store, reference)
+    check_no_litter(place.store)
+
+
+def test_killed_cold(place_in: Callable[[str], Place], tmp_path: Path, reference: Outcome) -> None:
+    """Forked processes stand for those that a user starts: here are two of those."""
+    place = place_in(str(tmp_path / "runs"))
+    place.stopped_at("called", 5, cold=True).kill()
+    job = place.start(cold=True)
+    assert job.wait() == 0, job.text
+    check_same_outcome(place.store, reference)
+
+
+@pytest.mark.parametrize(
+    ("seed", "place"), [(0, "local"), (1, "gcs"), (2, "local"), (3, "gcs"), (4, "local")], indirect=["place"]
+)
+def test_killed_five_times_at_random_moments(seed: int, place: Place, reference: Outcome) -> None:
+    """Each kill is followed by the same command, which the next moment may kill again: 25 in all."""
+    moments = random.Random(seed)
+    for _ in range(5):
+        job = place.start()
+        time.sleep(moments.uniform(0.0, LONGEST_LIFE_SECONDS))
+        if job.state() == "Z":  # it had finished
+            assert job.wait() == 0, job.text
+        else:
+            job.kill()
+        check_readers_are_safe(place.store)
+    place.finish()
+    check_same_outcome(place.store, reference)
+
+
+def test_finished_runs_are_left_alone(place: Place, reference: Outcome) -> None:
+    place.finish()
+    before = {entry.name: entry.version for entry in place.store.list()}
+    job = place.finish()
+    assert "already complete after 2 epochs; nothing to do" in job.text
+    assert {entry.name: entry.version for entry in place.store.list()} == before
+    check_same_outcome(place.store, reference)
