@@ -246,8 +246,10 @@ class Settings:
                 f"--learning-rate must be a finite number above 0, not {self.recipe.learning_rate}; "
                 "example: --learning-rate 0.001"
             )
-        if self.grace_seconds <= 0:
-            raise UsageError(f"--grace-seconds must be above 0, not {self.grace_seconds}; example: 12")
+        if not 0 < self.grace_seconds <= 3600:
+            raise UsageError(
+                f"--grace-seconds must be above 0 and at most 3600, not {self.grace_seconds}; example: 12"
+            )
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
             raise UsageError(
                 "--name must start with a letter or digit and hold letters, digits, '.', '_' and '-' only "

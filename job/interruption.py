@@ -2,9 +2,9 @@
 
 A Python signal handler waits while C++ imports, compiles or hangs in a collective, and TensorFlow replaces
 handlers of its own accord (several workers' coordination takes SIGTERM). So the signals are blocked in every
-thread, where no handler matters, and a watchdog thread waits for them with ``sigtimedwait``: it ends the process
-when the grace is over, at once when there is nothing to save, and at a second signal. The last commit is intact
-at any instant, which makes ending at any instant safe.
+thread, where no handler matters, and a watchdog thread waits for them with ``sigtimedwait``: it ends the
+process when the grace is over, at once when there is nothing to save, and at a second signal. The last
+commit is intact at any instant, which makes ending at any instant safe.
 """
 
 from __future__ import annotations

@@ -208,6 +208,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._reset()
             return
         request = Request(self.command, self.path, dict(self.headers.items()), self.rfile.read(length))
+        if len(request.body) < length:  # the client died while it sent
+            self.close_connection = True
+            return
         proxy.requests.append(request)
         if fault is not None and fault.name in ("flip", "flip and lose"):
             request.body = _flipped(request.body)

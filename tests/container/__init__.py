@@ -1,1 +1,1 @@
-"""Images that are really built and really run, by podman from Debian's or Ubuntu's packages, without a registry."""
+"""Images that are really built and really run, by podman, without a registry."""

@@ -1,4 +1,4 @@
-"""Podman, the two images as `make docker-build` makes them, and the figures that a run of these tests ends with."""
+"""Podman, the two images as `make docker-build` makes them, and the figures of a run of these tests."""
 
 from __future__ import annotations
 
@@ -116,7 +116,10 @@ class Run:
         result, history = self.json("result.json"), self.json("record.json")["history"]
         kept = {key: result[key] for key in ("train", "validation", "test", "confusion", "steps", "epochs")}
         scalars = [
-            (entry["step"], *(entry[split][key] for split in ("train", "validation") for key in ("loss", "accuracy")))
+            (
+                entry["step"],
+                *(entry[split][key] for split in ("train", "validation") for key in ("loss", "accuracy")),
+            )
             for entry in history
         ]
         return {**kept, "history": scalars}
@@ -124,7 +127,9 @@ class Run:
 
 def only_run(runs: Path, model: str = "") -> Run:
     """The one run in a folder, or the one of a model."""
-    (folder,) = (path for path in runs.iterdir() if not path.name.startswith(".") and path.name.startswith(model))
+    (folder,) = (
+        path for path in runs.iterdir() if not path.name.startswith(".") and path.name.startswith(model)
+    )
     return Run(folder)
 
 

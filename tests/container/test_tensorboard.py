@@ -1,4 +1,4 @@
-"""TensorBoard's image shows runs over HTTP: from a mounted folder, and live from a bucket of a real object store."""
+"""TensorBoard's image shows runs over HTTP: from a mounted folder, and live from a real object store."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def board(engine: Engine, image: str, *arguments: str, options: tuple[str, ...] 
 
 def test_two_runs_of_a_mounted_folder(engine: Engine, images: Images, trained: Trained) -> None:
     resnet, plainnet = trained.resnet, trained.plainnet
-    expected = {f"{run.folder.name}/{split}" for run in (resnet, plainnet) for split in ("train", "validation")}
+    expected = {
+        f"{run.folder.name}/{split}" for run in (resnet, plainnet) for split in ("train", "validation")
+    }
     mount = f"--volume={resnet.folder.parent}:/runs:ro"
     with board(engine, images.tensorboard, options=(mount,)) as shown:
         shown.wait(shown.runs, expected.issubset)

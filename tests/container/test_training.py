@@ -1,4 +1,4 @@
-"""The job in its image, as strictly confined as Kubernetes can: it trains, is stopped and killed, and goes on."""
+"""The job in its image, strictly confined: it trains, is stopped and killed, and goes on."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tests.container.engine import OFFLINE, USER, Engine
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
 
+
 def test_the_confinement_is_what_it_says(engine: Engine, images: Images, runs: Path) -> None:
     """Else the other tests would prove less than they claim."""
     code = """if True:
@@ -31,14 +32,17 @@ def test_the_confinement_is_what_it_says(engine: Engine, images: Images, runs: P
         def attempt(action):
             try: action()
             except Exception as error: return type(error).__name__
-        status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
+        lines = open("/proc/self/status").read().splitlines()
+        status = dict(line.split(":\\t", 1) for line in lines if ":\\t" in line)
         print(json.dumps({
             "ids": [os.getuid(), os.getgid()],
             "home": os.environ["HOME"],
             "name": attempt(lambda: pwd.getpwuid(os.getuid())),
             "capabilities": [int(status[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb")],
             "new privileges": status["NoNewPrivs"],
-            "writes": [attempt(lambda: open(f"{folder}/file", "w")) for folder in ("/", "/app", "/var/tmp", "/data")],
+            "writes": [
+                attempt(lambda: open(f"{folder}/file", "w")) for folder in ("/", "/app", "/var/tmp", "/data")
+            ],
             "work": [attempt(lambda: open(f"{folder}/file", "w")) for folder in ("/tmp", "/runs")],
             "network": attempt(lambda: socket.create_connection(("192.0.2.1", 80), 3)),
             "pid": os.getpid(),
@@ -82,9 +86,7 @@ def test_a_plainnet_is_trained(trained: Trained) -> None:
 
 def test_evaluate_agrees_with_the_result(engine: Engine, images: Images, trained: Trained) -> None:
     run = trained.resnet
-    finished = engine.run(
-        images.job, "evaluate", run.folder.name, "--data", "sample", runs=run.folder.parent
-    )
+    finished = engine.run(images.job, "evaluate", run.folder.name, "--data", "sample", runs=run.folder.parent)
     assert finished.returncode == 0, finished.stderr
     evaluated, result = json.loads(finished.stdout), run.json("result.json")
     assert evaluated["step"] == result["steps"]
