@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from tensorflow.python.eager import context
 
 from job.config import Settings
 from job.errors import ResourceUnavailable, UsageError
+from job.interruption import leave
 
 PEERS_SECONDS = 600.0  # a starting worker waits so long: a Job's back-off reaches 6 minutes
 HEARTBEAT_SECONDS = 20.0  # a host that vanished without a reset is given up after it
@@ -223,9 +225,15 @@ def _strategy_over_workers(group: WorkerGroup) -> tf.distribute.Strategy:
 
 
 def _name_missing_peers(group: WorkerGroup, met: threading.Event) -> None:
+    """Say whom this worker misses, and end it after the limit: TensorFlow's own wait knows none (2.21)."""
+    deadline = time.monotonic() + PEERS_SECONDS
     while not met.wait(ANNOUNCE_SECONDS):
-        if missing := _unreachable(group):
-            log.warning("worker %d waits for its peers; unreachable: %s", group.index, ", ".join(missing))
+        missing = ", ".join(_unreachable(group)) or "nobody by address: some peer does not register"
+        if time.monotonic() < deadline:
+            log.warning("worker %d waits for its peers; missing: %s", group.index, missing)
+            continue
+        log.error("worker %d waited %g s for its peers; missing: %s", group.index, PEERS_SECONDS, missing)
+        leave(ResourceUnavailable.exit_code)
 
 
 def _unreachable(group: WorkerGroup) -> list[str]:
@@ -258,15 +266,12 @@ def _cpuinfo() -> list[str]:
         return []
 
 
-def resolve_precision(
-    wanted: Literal["auto", "float32", "bfloat16", "float16"], cluster: Cluster
-) -> Precision:
+def resolve_precision(wanted: Literal["auto", "float32", "bfloat16", "float16"]) -> Precision:
     """Choose the fastest precision that the hardware computes natively, where "auto" leaves the choice."""
     if wanted != "auto":
         return wanted
-    if cluster.on_gpu:
-        gpu = tf.config.get_visible_devices("GPU")[0]
-        major, _ = tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
+    if gpus := tf.config.list_physical_devices("GPU"):
+        major, _ = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
         return "bfloat16" if major >= 8 else "float16" if major == 7 else "float32"
     flags = next((line for line in _cpuinfo() if line.startswith("flags")), "").split()
     return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"

@@ -63,19 +63,21 @@ def train(settings: Settings, interruption: Interruption, reporter: Reporter) ->
     with closing(storage.open_store(settings.output)) as runs:
         runs.check()
     dataset = cifar10.load(cifar10.locate(settings.data))
-    cluster = hardware.connect(settings)
-    identity = settings.identity(
-        precision=hardware.resolve_precision(settings.precision, cluster), data_sha256=dataset.sha256
-    )
     splits = Splits.of(dataset, settings.holdout)
-    check_batches(batch_size=settings.batch_size, images=len(splits.train.labels), replicas=cluster.replicas)
-    xla = hardware.resolve_xla(settings.xla, cluster, sync_batch_norm=settings.sync_batch_norm)
+    identity = settings.identity(
+        precision=hardware.resolve_precision(settings.precision), data_sha256=dataset.sha256
+    )
     location = storage.join(settings.output, settings.name or identity.default_name)
     with closing(storage.open_store(location)) as store:
         claim = Claim(store, identity, settings=asdict(settings))
-        with _peers(cluster), _run_of(claim, settings, cluster, splits, reporter) as run:
-            if run.record.result is not None:
-                return run.record.result
+        if finished := _already_finished(claim, settings, splits, reporter):
+            return finished
+        cluster = hardware.connect(settings)
+        check_batches(
+            batch_size=settings.batch_size, images=len(splits.train.labels), replicas=cluster.replicas
+        )
+        xla = hardware.resolve_xla(settings.xla, cluster, sync_batch_norm=settings.sync_batch_norm)
+        with _peers(cluster), _run_of(claim, settings, cluster) as run:
             reporter.note(f"{location}: attempt {run.record.attempt} on {', '.join(cluster.devices)}")
             # Several workers stop together, at the same step: none may leave at once by itself.
             interruption.unsaved(cluster.workers > 1)
@@ -115,19 +117,14 @@ def _peers(cluster: Cluster) -> Iterator[None]:
 
 
 @contextmanager
-def _run_of(
-    claim: Claim, settings: Settings, cluster: Cluster, splits: Splits, reporter: Reporter
-) -> Iterator[Run]:
-    """The run, claimed by the chief and followed by the others; finished where nothing is left to do."""
+def _run_of(claim: Claim, settings: Settings, cluster: Cluster) -> Iterator[Run]:
+    """The run, claimed by the chief and followed by the other workers."""
     if not cluster.is_chief:
-        follower = Follower(claim.store)
-        follower.record = Record.from_bytes(cluster.from_chief(b""), claim.store.location)
-        yield follower
+        yield Follower(claim.store, Record.from_bytes(cluster.from_chief(b""), claim.store.location))
         return
     lock = storage.acquire_host_lock(claim.store.location, take_over=settings.take_over)
     try:
-        finished = _already_finished(claim, settings, splits, reporter)
-        run = Follower(claim.store, finished) if finished else claim.claim(keep=settings.keep)
+        run = claim.claim(keep=settings.keep)
         try:
             cluster.from_chief(run.record.to_bytes())
             yield run
@@ -137,8 +134,10 @@ def _run_of(
         lock.release()
 
 
-def _already_finished(claim: Claim, settings: Settings, splits: Splits, reporter: Reporter) -> Record | None:
-    """The record of a run that is complete at least as far as asked; its readable files are mended."""
+def _already_finished(
+    claim: Claim, settings: Settings, splits: Splits, reporter: Reporter
+) -> dict[str, Any] | None:
+    """The result of a run that is complete at least as far as asked; its readable files are mended."""
     found = claim.look()
     if found is None:
         return None
@@ -155,7 +154,7 @@ def _already_finished(claim: Claim, settings: Settings, splits: Splits, reporter
     twin = portable.plain_twin(identity.network, identity.recipe, precision=identity.precision, seed=0)
     Publication(claim.store, read_config(claim.store) or {}, splits.train, twin).publish(record)
     reporter.note(f"{claim.store.location}: already complete after {done} epochs; nothing to do")
-    return record
+    return record.result
 
 
 class Attempt:

