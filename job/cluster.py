@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import socket
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from tensorflow.python.eager import context
 
 from job.config import Settings
 from job.errors import ResourceUnavailable, UsageError
-from job.interruption import leave
 
 PEERS_SECONDS = 600.0  # a starting worker waits so long: a Job's back-off reaches 6 minutes
 HEARTBEAT_SECONDS = 20.0  # a host that vanished without a reset is given up after it
@@ -198,6 +196,7 @@ def local_strategy(kind: str, count: int) -> tf.distribute.Strategy:
 
 def _strategy_over_workers(group: WorkerGroup) -> tf.distribute.Strategy:
     """Meet the peers and mirror over all their devices. Time-outs are set before: they cannot be later."""
+    _meet(group)
     context.context().configure_coordination_service(
         service_type="standalone",
         service_leader="/job:worker/replica:0/task:0",
@@ -211,29 +210,32 @@ def _strategy_over_workers(group: WorkerGroup) -> tf.distribute.Strategy:
         task_id=group.index,
         rpc_layer="grpc",
     )
-    met = threading.Event()
-    threading.Thread(target=_name_missing_peers, args=(group, met), name="peers", daemon=True).start()
     try:
         return tf.distribute.MultiWorkerMirroredStrategy(resolver)
     except tf.errors.OpError as error:
         raise ResourceUnavailable(
-            f"worker {group.index} waited {PEERS_SECONDS:g} s for its peers, but misses "
-            f"{', '.join(_unreachable(group)) or 'one that went away again'}: {error.message[:200]}"
+            f"worker {group.index} lost a peer while they met: {error.message[:200]}"
         ) from error
-    finally:
-        met.set()
 
 
-def _name_missing_peers(group: WorkerGroup, met: threading.Event) -> None:
-    """Say whom this worker misses, and end it after the limit: TensorFlow's own wait knows none (2.21)."""
-    deadline = time.monotonic() + PEERS_SECONDS
-    while not met.wait(ANNOUNCE_SECONDS):
-        missing = ", ".join(_unreachable(group)) or "nobody by address: some peer does not register"
-        if time.monotonic() < deadline:
-            log.warning("worker %d waits for its peers; missing: %s", group.index, missing)
-            continue
-        log.error("worker %d waited %g s for its peers; missing: %s", group.index, PEERS_SECONDS, missing)
-        leave(ResourceUnavailable.exit_code)
+def _meet(group: WorkerGroup) -> None:
+    """Wait until every peer's address answers.
+
+    TensorFlow's own wait names nobody, knows no limit and holds Python's lock, so that no signal is heard in
+    it (2.21). A peer answers from here on, by this listener first and by TensorFlow's server later.
+    """
+    deadline, announced = time.monotonic() + PEERS_SECONDS, time.monotonic()
+    with socket.create_server(("", int(group.hosts[group.index].rsplit(":", 1)[1])), backlog=128):
+        while missing := ", ".join(_unreachable(group)):
+            if time.monotonic() > deadline:
+                raise ResourceUnavailable(
+                    f"worker {group.index} waited {PEERS_SECONDS:g} s for its peers, but misses {missing}; "
+                    "check that their pods run and that a NetworkPolicy lets workers reach each other"
+                )
+            if time.monotonic() - announced > ANNOUNCE_SECONDS:
+                announced = time.monotonic()
+                log.warning("worker %d waits for its peers; missing: %s", group.index, missing)
+            time.sleep(0.5)
 
 
 def _unreachable(group: WorkerGroup) -> list[str]:

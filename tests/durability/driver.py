@@ -37,14 +37,15 @@ class Stop:
         self._lock = threading.Lock()
 
     def at(self, point: str) -> None:
+        if point != self._point:
+            return
         with self._lock:
-            if point != self._point:
-                return
             self._left -= 1
-            if self._left == 0:
-                os.kill(os.getpid(), signal.SIGSTOP)
-                if self._stuck:
-                    hang_in_native_code()
+            reached = self._left == 0
+        if reached:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            if self._stuck:
+                hang_in_native_code()
 
 
 def hang_in_native_code() -> None:
