@@ -36,8 +36,8 @@ RUN --mount=type=cache,target=/var/cache/pip \
     && /opt/venv/bin/pip uninstall -y pip \
     && apt-get purge -y --auto-remove python3-venv \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/*
-# gcsfs remembers listings for ever by default: a live TensorBoard would never see a new segment. And it asks for every
-# bucket's type by gRPC, for a minute each time where that is out of reach, though runs need none of those types.
+# gcsfs keeps listings for ever by default; a live TensorBoard must see new segments, however it lists. And it asks for
+# each bucket's type by gRPC, for a minute each time where that is out of reach, though the type does not matter here.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     FSSPEC_GCS='{"use_listings_cache": false}' \

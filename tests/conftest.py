@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,3 +21,4 @@ pytest_plugins = ["tests.gcs_server"]
 def working_directory(tmp_path: Any, monkeypatch: Any) -> None:
     """Relative defaults such as ``runs`` and ``data`` must never touch the checkout."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # for the processes that tests start

@@ -138,6 +138,8 @@ def test_labels_and_configuration(engine: Engine, images: Images, which: str) ->
     assert labels["title"] == "cifar-residual-job" + ("" if which == "job" else "-tensorboard")
     assert labels["description"]
     assert configuration["User"] == f"{USER}:{USER}"
+    caching = 'FSSPEC_GCS={"use_listings_cache": false}'  # of gs:// listings, which is for ever
+    assert (caching in configuration["Env"]) == (which == "tensorboard")
     assert configuration["Entrypoint"][0] in ("python", "tensorboard")  # no shell between
 
 
