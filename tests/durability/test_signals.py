@@ -1,10 +1,10 @@
-"""SIGTERM whatever the job is doing: exit 75 within the grace, and the same command finishes to the same bits."""
+"""SIGTERM whatever the job does: exit 75 within the grace, and the same command finishes to the same bits."""
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,9 +41,9 @@ MOMENTS = {
 
 
 @pytest.fixture(scope="module")
-def seconds() -> Iterator[dict[str, float]]:
+def seconds() -> dict[str, float]:
     """From each signal to the exit."""
-    yield {}
+    return {}
 
 
 def interrupt(job: Job) -> float:
