@@ -17,6 +17,8 @@ READY   := $(VENV)/.ready
 BIN     := $(VENV)/bin
 JOB     := $(BIN)/python -m job
 PYTEST  := $(BIN)/python -m pytest
+# two processes; the tests of one file stay in one
+TOGETHER := -n 2 --dist loadfile
 # where `lock` writes
 LOCKS   ?= .
 LOCK    := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
@@ -154,7 +156,7 @@ endif
 
 ##@ Development
 test: $(READY) ## the fast tests, without a network (a few minutes) [ARGS="-k name"]
-	$(PYTEST) -m "not (slow or network or container or browser)" $(ARGS)
+	$(PYTEST) $(TOGETHER) -m "not (slow or network or container or browser)" $(ARGS)
 
 test-slow: $(READY) ## the slow tests, and those that download
 	$(PYTEST) -m "(slow or network) and not (container or browser)" $(ARGS)
