@@ -39,6 +39,7 @@ from job.errors import (
     InvalidData,
     MissingInput,
     ResourceUnavailable,
+    StorageFailed,
     UsageError,
 )
 from job.interruption import Interruption
@@ -393,16 +394,26 @@ class Attempt:
         if not self._cluster.any_worker(self._interruption.requested):
             return
         self._run.store.hurry(min(SAVING_SECONDS, self._interruption.seconds_left))
-        if self._committed[0] != self._progress.step or len(self._run.record.history) != len(self._history):
-            self._commit(state="interrupted")
-        self._run.wait()
+        lost = self._save_last_steps()
         self._wait_for_chief()
         raise Interrupted(
-            f"a signal asked the job to stop; step {self._run.record.commits[0].progress.step} is committed, "
+            f"a signal asked the job to stop; step {self._run.record.commits[0].progress.step} is committed{lost}, "
             "run the same command again to continue"
             if self._run.record.commits
-            else "a signal asked the job to stop before the first step; run the same command again"
+            else f"a signal asked the job to stop before the first commit{lost}; run the same command again"
         )
+
+    def _save_last_steps(self) -> str:
+        """Commit what is not committed; storage that fails now costs these steps, not the exit code."""
+        try:
+            if self._committed[0] != self._progress.step or len(self._run.record.history) != len(
+                self._history
+            ):
+                self._commit(state="interrupted")
+            self._run.wait()
+        except StorageFailed as error:
+            return f", what came after could not be saved ({error})"
+        return ""
 
     def _finish(self) -> dict[str, Any]:
         """Wait for the last commit, evaluate on the test set, and complete the record."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,20 +30,38 @@ slow = pytest.mark.slow
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Below the range that the kernel gives to outgoing connections, so that nobody takes them meanwhile."""
+    candidates = random.sample(range(20_000, 32_000), 100)
+    return list(itertools.islice(filter(is_free, candidates), count))
+
+
+def is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    yield
+    for process in Group.started:
+        process.kill()
+        process.wait()
+    Group.started.clear()
 
 
 class Group:
     """The workers of one network, as an Indexed Job would start them."""
 
+    started: ClassVar[list[subprocess.Popen[bytes]]] = []
+
     def __init__(self, workers: int, *options: str, name: str = "run") -> None:
         hosts = ",".join(f"127.0.0.1:{port}" for port in free_ports(workers))
         self.name = name
         self.processes = [self._start(index, workers, hosts, options) for index in range(workers)]
+        self.started.extend(self.processes)
 
     def _start(
         self, index: int, workers: int, hosts: str, options: tuple[str, ...]
@@ -67,8 +88,12 @@ class Group:
         deadline = time.monotonic() + 120
         while not (Path("runs", self.name, "record.json").exists() and record(self.name).history):
             assert time.monotonic() < deadline, "no epoch in time"
-            assert all(process.poll() is None for process in self.processes)
+            assert all(process.poll() is None for process in self.processes), self.text()
             time.sleep(0.1)
+
+    def text(self) -> str:
+        """What all workers have said, for a failure's message."""
+        return "\n".join(path.read_text() for path in sorted(Path().glob(f"{self.name}-*.log")))
 
 
 def record(name: str) -> Record:

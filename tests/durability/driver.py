@@ -35,6 +35,12 @@ class Stop:
         self._left = spec.get("count", 1)
         self._stuck = spec.get("stuck", False)
         self._lock = threading.Lock()
+        self.half_uploaded = True  # false in an upload that has not been stopped half-way yet
+
+    def at_half_upload(self) -> None:
+        if not self.half_uploaded:
+            self.half_uploaded = True
+            self.at("half uploaded")
 
     def at(self, point: str) -> None:
         if point != self._point:
@@ -43,7 +49,8 @@ class Stop:
             self._left -= 1
             reached = self._left == 0
         if reached:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this thread, which then cannot go on before the whole process has stopped.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
             if self._stuck:
                 hang_in_native_code()
 
@@ -78,7 +85,7 @@ def install(stop: Stop) -> None:
     for store in (LocalStore, gcs.GcsStore):
         wrap(store, "swap", functools.partial(_swap, stop))
         wrap(store, "create", functools.partial(_create, stop))
-        wrap(store, "upload", around("upload", "uploaded"))
+        wrap(store, "upload", functools.partial(_upload, stop))
         wrap(store, "copy", around("copy", "copied"))
         wrap(store, "delete", around("delete", "deleted"))
     wrap(LocalStore, "_publish", functools.partial(_half_published, stop))
@@ -103,6 +110,14 @@ def _swap(stop: Stop, inner: Callable[..., Any], store: Any, name: str, data: by
     return answer
 
 
+def _upload(stop: Stop, inner: Callable[..., Any], store: Any, name: str, path: Path) -> Any:
+    stop.at("upload")
+    stop.half_uploaded = False
+    entry = inner(store, name, path)
+    stop.at("uploaded")
+    return entry
+
+
 def _create(stop: Stop, inner: Callable[..., Any], store: Any, name: str, data: bytes) -> None:
     kind = "segment" if "tfevents" in name else "config" if name == "config.json" else "result"
     stop.at(kind)
@@ -123,7 +138,7 @@ def _half_published(
 ) -> None:
     inner(store, source, target, **rest)  # linked; the staged file is still there
     if target.parent.name == "checkpoints":
-        stop.at("half uploaded")
+        stop.at_half_upload()
 
 
 def _half_sent(stop: Stop) -> None:
@@ -140,7 +155,7 @@ def _half_sent(stop: Stop) -> None:
 
     def read(inner: Callable[..., bytes], source: Any, size: int = -1) -> bytes:
         if source.tell() > 0:
-            stop.at("half uploaded")
+            stop.at_half_upload()
         return inner(source, size)
 
     wrap(gcs._Source, "read", read)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -64,13 +62,4 @@ def test_a_living_owner_is_not_superseded_silently(place: Place, reference: Outc
     assert versions(place.store) == before
     owner.send(signal.SIGCONT)
     assert owner.wait() == 0, owner.text
-    check_same_outcome(place.store, reference)
-
-
-def test_a_dead_owner_needs_no_take_over(
-    place_in: Callable[[str], Place], tmp_path: Path, reference: Outcome
-) -> None:
-    place = place_in(str(tmp_path / "runs"))
-    place.stopped_at("called", 2).kill()
-    place.finish()
     check_same_outcome(place.store, reference)

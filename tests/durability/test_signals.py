@@ -30,7 +30,7 @@ MOMENTS = {
     "start-up": ("load", 1, False),
     "claim": ("swap", 1, False),
     "compile": ("call", 1, False),
-    "first call": ("called", 1, False),
+    "first call": ("called", 1, True),
     "training": ("called", 5, True),
     "evaluation": ("predicted", 1, True),
     "writing a checkpoint": ("half written", 2, True),
@@ -54,7 +54,14 @@ def interrupt(job: Job) -> float:
     return time.monotonic() - since
 
 
-@pytest.mark.parametrize("name", MOMENTS)
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        *((name, "local") for name in MOMENTS),
+        *((name, "gcs") for name in ("training", "upload", "before a swap")),
+    ],
+    indirect=["place"],
+)
 def test_a_signal_during(name: str, place: Place, reference: Outcome, seconds: dict[str, float]) -> None:
     point, count, unsaved = MOMENTS[name]
     job = place.stopped_at(point, count)
