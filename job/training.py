@@ -396,19 +396,20 @@ class Attempt:
         self._run.store.hurry(min(SAVING_SECONDS, self._interruption.seconds_left))
         lost = self._save_last_steps()
         self._wait_for_chief()
+        commits = self._run.record.commits
+        kept = f"step {commits[0].progress.step} is committed" if commits else "nothing is committed yet"
         raise Interrupted(
-            f"a signal asked the job to stop; step {self._run.record.commits[0].progress.step} is committed{lost}, "
-            "run the same command again to continue"
-            if self._run.record.commits
-            else f"a signal asked the job to stop before the first commit{lost}; run the same command again"
+            f"a signal asked the job to stop; {kept}{lost}, run the same command again to continue"
         )
+
+    def _all_is_committed(self) -> bool:
+        recorded = len(self._run.record.history)
+        return self._committed[0] == self._progress.step and recorded == len(self._history)
 
     def _save_last_steps(self) -> str:
         """Commit what is not committed; storage that fails now costs these steps, not the exit code."""
         try:
-            if self._committed[0] != self._progress.step or len(self._run.record.history) != len(
-                self._history
-            ):
+            if not self._all_is_committed():
                 self._commit(state="interrupted")
             self._run.wait()
         except StorageFailed as error:
