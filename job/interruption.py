@@ -9,6 +9,7 @@ commit is intact at any instant, which makes ending at any instant safe.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -25,8 +26,9 @@ MARGIN_SECONDS = 0.5  # the watchdog fires this long before the grace ends
 class Interruption:
     """The process's one place that knows about signals."""
 
-    def __init__(self, grace_seconds: float) -> None:
+    def __init__(self, grace_seconds: float, *, as_json: bool = False) -> None:
         self._grace_seconds = grace_seconds
+        self._as_json = as_json
         self._deadline = float("inf")  # time.monotonic()
         self._requested = threading.Event()
         self._unsaved = False
@@ -84,11 +86,11 @@ class Interruption:
         return signal.sigtimedwait(SIGNALS, timeout) is not None
 
     def _exit(self, reason: str) -> None:
+        message = f"Interrupted: {reason}; the last commit is intact, the same command continues."
+        if self._as_json:
+            message = json.dumps({"severity": "ERROR", "message": message})
         # os.write, not print: another thread may hold the stream's lock for ever.
-        os.write(
-            self._stderr,
-            f"Interrupted: {reason}; the last commit is intact, the same command continues.\n".encode(),
-        )
+        os.write(self._stderr, f"{message}\n".encode())
         os._exit(Interrupted.exit_code)
 
 

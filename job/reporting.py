@@ -76,6 +76,15 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps({"severity": record.levelname, "message": record.getMessage()})
 
 
+def tell_failure(message: str) -> None:
+    """Say on standard error why the process ends, as JSON if the last ``Reporter`` writes that."""
+    handler = log.handlers[-1] if log.handlers else None
+    if handler is not None and isinstance(handler.formatter, _JsonFormatter):
+        log.error(message)
+    else:
+        print(message, file=sys.stderr)
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them: 42 s, 3 min 5 s, 2 h 10 min."""
     whole = round(seconds)

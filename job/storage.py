@@ -426,9 +426,12 @@ class LocalStore:
                 if error.errno != errno.EXDEV:
                     raise
                 self._publish_copy(path, target)
-            entry = self._entry(target)
+            entries = self._entries(target)
+            if not entries:  # a newer attempt has already pruned it: the fence will say so, not we
+                status = path.stat()
+                entries = [Entry(name, status.st_size, _stat_version(status))]
             path.unlink(missing_ok=True)
-        return entry
+        return entries[0]
 
     def download(self, name: str, path: Path) -> None:
         source = self._path(name)

@@ -14,6 +14,7 @@ import email.parser
 import email.policy
 import itertools
 import json
+import os
 import re
 import socket
 import subprocess
@@ -90,7 +91,8 @@ class Gateway(HostileProxy):
 
     def new_bucket(self) -> str:
         """Create a bucket and return its ``gs://`` location."""
-        name = f"bucket-{next(_numbers)}"
+        # The host's lock on a run in a bucket knows the bucket's name only, not the server.
+        name = f"bucket-{os.getpid()}-{next(_numbers)}"
         body = json.dumps({"name": name}).encode()
         answer = super().forward(Request("POST", "/storage/v1/b?project=test", _JSON, body))
         assert answer.status == 200, answer

@@ -158,7 +158,7 @@ def test_version(run: Run) -> None:
 # --- values that cannot be
 
 NAME_RULE = "must start with a letter or digit and hold letters, digits, '.', '_' and '-' only (128 at most)"
-INTEGER, NUMBER = "is not a valid integer", "is not a valid float"
+INTEGER, NUMBER = "must be a whole number, not ", "must be a number, not "
 STAGES = "at most 6 stages keep it at one pixel or more"
 # option, value, rule, example
 WRONG: list[tuple[str, str, str, str]] = [
@@ -169,7 +169,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("--blocks", "-1", "every stage needs at least 1 block", "example: --blocks 3,3,3"),
     ("--blocks", "1,1,1,1,1,1,1", STAGES, "example: --blocks 2,5,5,2"),
     ("--filters", "0", "must be at least 1", "example: --filters 16"),
-    ("--filters", "many", INTEGER, ""),
+    ("--filters", "many", INTEGER, "example: 64"),
     ("--name", "a/b", NAME_RULE, "example: --name resnet-first-try"),
     ("--name", "..", NAME_RULE, "example: --name resnet-first-try"),
     ("--name", "-x", NAME_RULE, "example: --name resnet-first-try"),
@@ -177,14 +177,14 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("--name", "n" * 129, NAME_RULE, "example: --name resnet-first-try"),
     ("--recipe", "sgd", "is not one of", "'article', 'he'"),
     ("--epochs", "0", "must be at least 1", "example: --epochs 2"),
-    ("--epochs", "1.5", INTEGER, ""),
+    ("--epochs", "1.5", INTEGER, "example: 20"),
     ("--batch-size", "0", "must be at least 1", "example: --batch-size 2"),
     ("--batch-size", "-128", "must be at least 1", "example: --batch-size 2"),
     ("--learning-rate", "0", "must be a finite number above 0", "example: --learning-rate 0.001"),
     ("--learning-rate", "-0.1", "must be a finite number above 0", "example: --learning-rate 0.001"),
     ("--learning-rate", "nan", "must be a finite number above 0", "example: --learning-rate 0.001"),
     ("--learning-rate", "inf", "must be a finite number above 0", "example: --learning-rate 0.001"),
-    ("--learning-rate", "small", NUMBER, ""),
+    ("--learning-rate", "small", NUMBER, "example: 0.001"),
     ("--seed", "-1", "must be from 0 to 4294967295", "example: --seed 0"),
     ("--seed", "4294967296", "must be from 0 to 4294967295", "example: --seed 0"),
     ("--holdout", "7", "must be divisible by 10", "example: --holdout 5000"),
@@ -192,7 +192,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("--precision", "float64", "is not one of", "'auto', 'float32', 'bfloat16', 'float16'"),
     ("--xla", "yes", "is not one of", "'auto', 'on', 'off'"),
     ("--replicas", "0", "must be at least 1", "example: --replicas 2"),
-    ("--replicas", "two", INTEGER, ""),
+    ("--replicas", "two", INTEGER, "example: 2"),
     ("--workers", "0", "must be at least 1", "example: --workers 2"),
     ("--commit-every", "0epoch", "whole number of epochs, steps, min or s", "example: 500steps"),
     ("--commit-every", "500", "whole number of epochs, steps, min or s", "example: 500steps"),
@@ -240,6 +240,14 @@ def test_a_wrong_value_in_a_variable_is_refused_alike(
     assert rule in message
     assert example in message
     assert not trained
+
+
+def test_a_failure_is_json_too(run: Run, trained: list[Settings]) -> None:
+    outcome = run("train", "--log-format", "json", "--epochs", "0")
+    assert outcome.code == 2
+    said = json.loads(outcome.err)
+    assert said["severity"] == "ERROR"
+    assert said["message"].startswith("Error: --epochs must be at least 1, not 0")
 
 
 def test_every_option_that_takes_a_value_has_a_wrong_one_above() -> None:

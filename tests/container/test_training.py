@@ -97,7 +97,7 @@ def test_evaluate_agrees_with_the_result(engine: Engine, images: Images, trained
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("train", "--epochs", "none"), 2, "'none' is not a valid integer"),
+        (("train", "--epochs", "none"), 2, "must be a whole number, not 'none'"),
         (("train", "--data", "/data/missing"), 66, "/data/missing does not exist"),
         (("train", *TINY, "--require-gpu"), 69, "--require-gpu: TensorFlow sees no GPU"),
         (("evaluate", "missing", "--data", "sample"), 66, "missing"),

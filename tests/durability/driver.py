@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 def install(stop: Stop) -> None:
     """Wrap the stores, the loop and the checkpoint's writer."""
-    from job import cifar10, gcs, portable, training
+    from job import cifar10, cluster, gcs, portable, training
     from job.checkpoints import Claim
     from job.storage import LocalStore
     from job.trainer import Trainer
@@ -78,6 +79,8 @@ def install(stop: Stop) -> None:
     training.CALL_SECONDS = CALL_SECONDS
     around = functools.partial(_around, stop)
     wrap(cifar10, "load", around("load", "loaded"))
+    wrap(cluster, "_meet", around("meet", "met"))
+    wrap(cluster, "_unreachable", around("look", "looked"))
     wrap(Claim, "claim", around("claim", "claimed"))
     wrap(Trainer, "train_steps", around("call", "called"))
     wrap(Trainer, "predict", around("predict", "predicted"))
@@ -90,6 +93,25 @@ def install(stop: Stop) -> None:
         wrap(store, "delete", around("delete", "deleted"))
     wrap(LocalStore, "_publish", functools.partial(_half_published, stop))
     _half_sent(stop)
+
+
+def install_clock() -> None:
+    """Print how long the loop is blocked by each commit, and what each step takes."""
+    from job import training
+    from job.trainer import Trainer
+
+    def timed(name: str) -> Callable[..., Any]:
+        def run(inner: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            answer = inner(*arguments, **options)
+            steps = len(arguments[2]) if name == "step" else 1
+            print(f"clock {name} {(time.perf_counter() - started) / steps:.6f}", flush=True)
+            return answer
+
+        return run
+
+    wrap(training.Attempt, "_commit", timed("commit"))
+    wrap(Trainer, "train_steps", timed("step"))
 
 
 def _around(stop: Stop, before: str, after: str) -> Callable[..., Any]:
@@ -166,12 +188,15 @@ def run(spec: dict[str, Any], arguments: list[str]) -> None:
     from job import cli
 
     sys.argv = ["job", *arguments]
-    if "point" in spec:
+    if spec:
         inner = cli._import_training
 
         def import_and_install(*arguments: Any) -> Any:
             training = inner(*arguments)
-            install(Stop(spec))
+            if spec.get("clock"):
+                install_clock()
+            else:
+                install(Stop(spec))
             return training
 
         cli._import_training = import_and_install  # type: ignore[assignment]

@@ -1,7 +1,8 @@
-"""What users and disks do to a run: a clear error with its exit code, nothing lost, and the run goes on."""
+"""What users, disks and networks do to a run: a clear error with its exit code, nothing lost, and the run goes on."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,11 +18,34 @@ from job.storage import Store
 from tests.durability.conftest import Place
 from tests.durability.outcome import Outcome, check_same_outcome
 from tests.durability.verdicts import check_no_litter, check_readers_are_safe, versions
+from tests.gcs_server import Gateway
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 DISK_BYTES = 8 << 20
 AFTER_TWO_COMMITS = ("swap", 4)  # the claim's swap is the first
+
+# While a run is written and while it is continued: the fault, the requests that it hits, and how.
+Faults = list[tuple[str, str, dict[str, int]]]
+WRITING: Faults = [
+    ("status", "any", {"status": 429, "times": 6}),
+    ("status", "any", {"status": 503, "times": 6}),
+    ("reset", "chunk", {}),
+    ("lose", "chunk", {"skip": 5}),  # stored or not, the answer never comes
+    ("flip", "chunk", {"skip": 3}),
+    ("reset", "upload", {}),
+    ("lose", "upload", {"times": 4}),  # a segment's, or the record's swap
+    ("flip", "upload", {"times": 2}),
+    ("lose", "delete", {}),
+    ("lose", "rewrite", {}),
+]
+CONTINUING: Faults = [
+    ("status", "any", {"status": 503, "times": 3}),
+    ("truncate", "download", {"times": 3}),
+    ("flip_answer", "download", {"times": 2}),
+    ("reset", "list", {}),
+    ("stall", "download", {"skip": 1}),
+]
 
 
 @pytest.fixture
@@ -153,3 +177,21 @@ def test_a_rate_that_is_far_too_high(place: Place) -> None:
     assert f"the last good commit is {good}" in job.text
     assert "try a smaller --learning-rate" in job.text
     check_readers_are_safe(place.store)
+
+
+@pytest.mark.parametrize("place", ["gcs"], indirect=True)
+def test_a_hostile_network(place: Place, reference: Outcome, gcs_server: Gateway) -> None:
+    with storm(gcs_server, CONTINUING[:1] + WRITING[2:6]):
+        place.stopped_at(*AFTER_TWO_COMMITS).kill()
+    with storm(gcs_server, CONTINUING + WRITING):
+        place.finish()
+    check_same_outcome(place.store, reference)
+    check_no_litter(place.store)
+
+
+@contextlib.contextmanager
+def storm(server: Gateway, faults: Faults) -> Iterator[None]:
+    """Inject the faults, and see that each of them struck as often as it should."""
+    injected = [server.inject(name, kind, **options) for name, kind, options in faults]
+    yield
+    assert [fault for fault in injected if fault.times > 0] == []

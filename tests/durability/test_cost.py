@@ -1,0 +1,51 @@
+"""What durability costs: the loop hardly waits for commits, and a run that was cut off is soon back at work."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.durability.conftest import Place
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SHAPE = ("--blocks", "3,3,3", "--filters", "16")
+STEPS_OF_AN_EPOCH = 391  # of 128 of all 50,000 images
+LARGEST_SHARE = 0.01
+LONGEST_RESUME_SECONDS = 15.0
+
+
+def test_the_loop_is_blocked_for_a_hundredth_of_an_epoch_at_most(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A commit costs the same whatever the number of images: the sample's is set against the whole data's epoch.
+
+    That is strict: the sample's epochs are so short that a commit may have to wait for the one before it.
+    """
+    job = place.start(*SHAPE, "--epochs", "3", "--commit-every", "1epoch", clock=True)
+    assert job.wait() == 0, job.text
+    commits, steps = (
+        [float(seconds) for seconds in re.findall(rf"^clock {name} (\S+)$", job.text, re.MULTILINE)]
+        for name in ("commit", "step")
+    )
+    assert len(commits) == 3
+    epoch = STEPS_OF_AN_EPOCH * statistics.median(steps)
+    share = statistics.mean(commits) / epoch
+    with capsys.disabled():
+        print(
+            f"\n{statistics.mean(commits) * 1000:.1f} ms a commit, {share:.3%} of an epoch of {epoch:.0f} s"
+        )
+    assert share <= LARGEST_SHARE
+
+
+def test_a_resumed_process_soon_trains(place_in: Callable[[str], Place], tmp_path: Path) -> None:
+    place = place_in(str(tmp_path / "runs"))
+    place.stopped_at("swapped", 2, *SHAPE).kill()
+    started = time.monotonic()
+    place.stopped_at("called", 1, *SHAPE, cold=True).kill()
+    assert time.monotonic() - started <= LONGEST_RESUME_SECONDS
