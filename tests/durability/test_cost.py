@@ -1,4 +1,4 @@
-"""What durability costs: the loop hardly waits for commits, and a run that was cut off is soon back at work."""
+"""What durability costs: the loop hardly waits for commits, and a run that was cut off soon trains again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST_RESUME_SECONDS = 15.0
 def test_the_loop_is_blocked_for_a_hundredth_of_an_epoch_at_most(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A commit costs the same whatever the number of images: the sample's is set against the whole data's epoch.
+    """A commit costs the same for any number of images: the sample's is set against the whole data's epoch.
 
     That is strict: the sample's epochs are so short that a commit may have to wait for the one before it.
     """

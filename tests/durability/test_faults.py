@@ -1,4 +1,4 @@
-"""What users, disks and networks do to a run: a clear error with its exit code, nothing lost, and the run goes on."""
+"""What users, disks and networks do to a run: a clear error and its exit code, nothing lost, it goes on."""
 
 from __future__ import annotations
 
