@@ -15,11 +15,10 @@ ARG REQUIREMENTS=requirements-gpu.lock
 
 # ---- TensorBoard
 FROM ${TENSORBOARD_BASE_IMAGE} AS tensorboard
-# The distribution's Python, and the authorities that gs:// trusts. Nothing here uses the world-writable folders.
+# The distribution's Python, and the authorities that gs:// trusts.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3 \
-    && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/* \
-    && chmod go-w /var/tmp /run/lock
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/*
 # The packages come before all that changes more often.
 COPY requirements-tensorboard.lock /opt/requirements.lock
 # One instruction, so that pip and what it needs stay out of the image. A closed network may pass a pip.conf and
@@ -45,6 +44,9 @@ ENV PATH=/opt/venv/bin:$PATH \
 # Set by `make docker-build`.
 ARG VERSION=unknown
 ARG REVISION=unknown
+# Nothing here uses the world-writable folders. This comes so late because podman's cache compares arguments in RUN
+# alone: without one below them, the labels would stay those of an older build.
+RUN chmod go-w /var/tmp /run/lock
 # What registries and scanners show.
 LABEL org.opencontainers.image.title="cifar-residual-job-tensorboard" \
       org.opencontainers.image.description="TensorBoard for runs in folders and in gs://, without TensorFlow" \
@@ -129,11 +131,11 @@ CMD ["--help"]
 COPY LICENSE NOTICE /app/
 # The source comes late: a change rebuilds nothing above it.
 COPY job /app/job
-# The root file system may be read-only, so bytecode is made now. Readable whatever the umask of the checkout.
-RUN chmod -R a+rX /app && python -m compileall -q /app/job
-# The rest as above.
+# As above, with a RUN below them.
 ARG VERSION=unknown
 ARG REVISION=unknown
+# The root file system may be read-only, so bytecode is made now. Readable whatever the umask of the checkout.
+RUN chmod -R a+rX /app && python -m compileall -q /app/job
 LABEL org.opencontainers.image.title="cifar-residual-job" \
       org.opencontainers.image.description="Resumable batch training of ResNet and PlainNet on CIFAR-10" \
       org.opencontainers.image.licenses="Apache-2.0" \

@@ -64,12 +64,14 @@ class Images:
 
     job: str
     tensorboard: str
+    revision: str  # of the source, when they were built
 
 
 @pytest.fixture(scope="session")
 def images(engine: Engine, figures: list[str]) -> Images:
     """Both images, built as a user builds them, for the CPU."""
-    images = Images(job=f"{NAME}:1", tensorboard=f"{NAME}-tensorboard:1")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    images = Images(f"{NAME}:1", f"{NAME}-tensorboard:1", revision=head.stdout.strip())
     arguments = ["DOCKER=podman", f"IMAGE={images.job}", f"BUILD_ARGS={shlex.join(podman.build_arguments())}"]
     environment = {name: value for name, value in engine.environment.items() if not name.startswith("MAKE")}
     started = time.monotonic()

@@ -196,10 +196,10 @@ def build(engine: Engine, context: Path, image: str, *options: str) -> tuple[Fin
 @contextmanager
 def replacing(engine: Engine, *images: str) -> Iterator[None]:
     """Remove the images' earlier versions that have lost their names, so that the cache does not grow."""
-    before = {image: _identity(engine, image) for image in images}
+    before = [_identity(engine, image) for image in images]
     yield
-    for image, identity in before.items():
-        if identity and identity != _identity(engine, image):
+    for identity in filter(None, before):
+        if engine.inspect(identity, "{{len .RepoTags}}") == "0":
             engine("image", "rm", identity, check=False)
 
 
