@@ -8,9 +8,19 @@ DATA   ?= data
 RUNS   ?= runs
 # the environment, and the Python to make it with (else the first suitable one of PYTHONS)
 VENV   ?= .venv
+# for `bench`: 1, or a Python that has PyTorch
+TORCH  ?=
 PYTHON ?=
 # He et al.'s 20-layer shape and its plain twin: small batches, so that batch norm's moving statistics warm up
 DEMO_ARGS ?= --blocks 3,3,3 --filters 16 --epochs 10 --batch-size 20
+
+# The experiment: its runs, which shapes and seeds of them, and the options of the article's twins
+EXPERIMENT ?= $(RUNS)/experiment
+SHAPES  ?= 3,3,3 9,9,9
+FILTERS ?= 16
+SEEDS   ?= 0 1 2
+ARTICLE ?= --blocks 2,5,5,2 --filters 64
+TWINS    = $(foreach model,resnet plainnet,$(call TRAIN,--model $(model) $(1)))
 
 PYTHONS := $(or $(PYTHON),python3.12 python3.11 python3.13 python3)
 READY   := $(VENV)/.ready
@@ -59,7 +69,7 @@ RENDER      = $(KUBECTL) kustomize $(MANIFESTS) | \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo data run tensorboard test test-slow test-all check format lock check-lock clean
+.PHONY: help demo data run tensorboard experiment keep-results test test-slow test-browser test-all bench check format lock check-lock clean
 .PHONY: docker-build docker-run docker-tensorboard docker-push test-container
 .PHONY: k8s-validate k8s-apply k8s-status k8s-logs k8s-tensorboard k8s-rerun k8s-delete
 
@@ -80,8 +90,18 @@ run: $(READY) ## train MODEL=resnet or MODEL=plainnet [ARGS="--epochs 2 ..."]
 	@test -n "$(MODEL)" || { echo "MODEL must be resnet or plainnet, but it is empty; example: make run MODEL=resnet" >&2; exit 2; }
 	$(JOB) train --model $(MODEL) $(ARGS)
 
-tensorboard: $(READY) ## show the runs of RUNS side by side in a browser
-	$(BIN)/tensorboard --logdir $(RUNS) $(ARGS)
+# TensorBoard opens on the first of its pages; the address that it prints is made to open on ours, unsmoothed.
+tensorboard: SHELL := bash
+tensorboard: .SHELLFLAGS := -o pipefail -c
+tensorboard: $(READY) ## show the runs of RUNS in a browser, both networks in one chart [PORT=6006]
+	@echo "TensorBoard reads $(RUNS); in a few seconds it names the address to open."
+	@TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/tensorboard --logdir $(RUNS) --port $(PORT) $(ARGS) 2>&1 | \
+		sed -u 's|\(http://[^ ]*/\) (Press|\1#custom_scalars\&_smoothingWeight=0 (Press|'
+
+experiment: $(READY) ## train what is missing of the paired experiment (many hours on two cores), and compare [EXPERIMENT= EPOCHS= SEEDS=]
+	$(foreach seed,$(SEEDS),$(foreach blocks,$(SHAPES),$(call TWINS,--blocks $(blocks) --filters $(FILTERS) --seed $(seed) --epochs $(or $(EPOCHS),10))))
+	$(call TWINS,$(ARTICLE) --seed 0 --epochs $(or $(EPOCHS),3))
+	$(JOB) compare $(EXPERIMENT) --report $(EXPERIMENT)/report
 
 ##@ Containers
 docker-build: ## build the images for training and for TensorBoard [IMAGE= BUILD_ARGS= DOCKER=podman]
@@ -106,9 +126,10 @@ docker-push: ## build both images and push them to IMAGE=registry/name[:tag]
 	$(DOCKER) push $(JOB_IMAGE)
 	$(DOCKER) push $(BOARD_IMAGE)
 
-test-container: $(READY) ## build both images and run them for real, as root [ARGS="-m gpu_image": the GPU's image]
+test-container: $(READY) ## build both images and run them and the pods for real, as root [ARGS="-m gpu_image"]
 	tests/container/prepare
 	$(PYTEST) tests/container -m "container and not gpu_image" $(ARGS)
+	$(PYTEST) tests/k8s -m container
 
 ##@ Kubernetes
 k8s-validate: $(READY) ## render every overlay and check it against the oldest and newest Kubernetes
@@ -161,13 +182,24 @@ test: $(READY) ## the fast tests, without a network (a few minutes) [ARGS="-k na
 test-slow: $(READY) ## the slow tests, and those that download
 	$(PYTEST) -m "(slow or network) and not (container or browser)" $(ARGS)
 
+test-browser: $(READY) ## TensorBoard in a real browser; screenshots go to build/screenshots
+	tests/browser/prepare
+	$(PYTEST) tests/browser $(ARGS)
+
 test-all: $(READY) ## every test, containers and browser included
 	$(PYTEST) $(ARGS)
+
+bench: $(READY) ## this job beside Keras's fit, in turns, on a quiet machine [TORCH=1: and PyTorch; ARGS="--workload small"]
+	@if test "$(TORCH)" = 1; then $(BENCH_TORCH); fi
+	$(BIN)/python -m tests.benchmarks $(if $(filter-out 1,$(TORCH)),--torch $(TORCH)) $(ARGS)
 
 check: $(READY) ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+keep-results: $(READY) ## keep the finished runs of EXPERIMENT in .github/experiment and README.md
+	$(BIN)/python -m tests.tools.keep_results $(EXPERIMENT)
 
 format: $(READY) ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix-only .
@@ -204,6 +236,13 @@ $(READY): requirements-dev.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes -r requirements-dev.lock
 	@touch $@
 
+# PyTorch, in an environment of its own beside the job's packages: several GB.
+define BENCH_TORCH
+test -d $(VENV)/torch || $(BIN)/python -m venv $(VENV)/torch; \
+$(VENV)/torch/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes \
+	-r tests/benchmarks/requirements-torch.lock
+endef
+
 SUITS = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 define NO_PYTHON
 { \
@@ -214,6 +253,12 @@ define NO_PYTHON
 	done; \
 	echo "Install one, or name one: make PYTHON=/path/to/python3.12 ..."; \
 } >&2
+endef
+
+# A run of the experiment as a line of its recipe: one that is finished says so, one that is not goes on.
+define TRAIN
+
+	JOB_DATA=$(DATA) $(JOB) train --output $(EXPERIMENT) --commit-every 5min $(1) $(ARGS)
 endef
 
 define CHECK_MANIFESTS

@@ -8,7 +8,11 @@ import logging
 import os
 import re
 import socket
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +27,10 @@ from job.config import Settings
 from job.errors import ResourceUnavailable, UsageError
 
 PEERS_SECONDS = 600.0  # a starting worker waits so long: a Job's back-off reaches 6 minutes
-HEARTBEAT_SECONDS = 20.0  # a host that vanished without a reset is given up after it
+REGISTER_SECONDS = 10.0  # once all answer, TensorFlow connects them within milliseconds, if none was lost
+HEARTBEAT_SECONDS = 15.0  # a host that vanished without a reset is given up after it
 ANNOUNCE_SECONDS = 15.0
+PARTING_SECONDS = 5.0  # workers that end together leave within milliseconds of each other
 
 log = logging.getLogger("job")
 
@@ -64,6 +70,23 @@ class Cluster:
         if self.workers == 1:
             return value
         return int(self._sum_of_workers(np.array([value if self.is_chief else 0], np.int32))[0])
+
+    def part(self) -> None:
+        """Leave together after the last common act, which ends for some workers before it does for others.
+
+        A worker that left at once would take what it still has to send along, and its peers would report a
+        lost peer. Here they have all they need, so a failure means no more than that somebody has left.
+        """
+        if self.workers == 1:
+            return
+        with _silence():
+            parting = threading.Thread(target=self._meet_for_the_last_time, daemon=True)
+            parting.start()
+            parting.join(PARTING_SECONDS)
+
+    def _meet_for_the_last_time(self) -> None:
+        with suppress(tf.errors.OpError):
+            self.number_from_chief(0)
 
     def _sum_of_workers(self, values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         summed = _sum_function(self.strategy, self.replicas // self.workers)
@@ -201,9 +224,11 @@ def _strategy_over_workers(group: WorkerGroup) -> tf.distribute.Strategy:
         service_type="standalone",
         service_leader="/job:worker/replica:0/task:0",
         coordinated_jobs=[coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=len(group.hosts))],
-        cluster_register_timeout_in_ms=int(PEERS_SECONDS * 1000),
+        cluster_register_timeout_in_ms=int(REGISTER_SECONDS * 1000),
         heartbeat_timeout_in_ms=int(HEARTBEAT_SECONDS * 1000),
     )
+    # Without it the chief would wait an hour for the devices of a peer that was lost after it had answered.
+    context.context().coordination_service.cluster_register_with_barrier = True
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(group.hosts)}),
         task_type="worker",
@@ -216,6 +241,21 @@ def _strategy_over_workers(group: WorkerGroup) -> tf.distribute.Strategy:
         raise ResourceUnavailable(
             f"worker {group.index} lost a peer while they met: {error.message[:200]}"
         ) from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what TensorFlow writes to standard error."""
+    sys.stderr.flush()
+    real, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(real, 2)
+        os.close(real)
+        os.close(nowhere)
 
 
 def _meet(group: WorkerGroup) -> None:

@@ -11,216 +11,16 @@ import csv
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from job.checkpoints import Record, read_config, read_record
-from job.config import Identity
-from job.errors import InvalidData, JobError, MissingInput, UsageError
-from job.storage import NotFound, find_runs, open_store
+from job.figures import curves_figure, depth_figure, plots_extra
+from job.summaries import NAMES, RunSummary, Skipped, distinction, final_accuracy_of
+from job.summaries import load_runs as load_runs  # what is compared, for callers
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-NAMES = {"resnet": "ResNet", "plainnet": "PlainNet"}
-COLOURS = {"resnet": "#0b5fa5", "plainnet": "#d95f02"}  # told apart also by colour-blind readers and in grey
-LINES = ("-", "--", ":", "-.")  # runs of one network that differ in recipe, data or epochs
 CONFIDENCE = 0.95
-# The fields of an identity that pairs do not have to share: what is compared, and over what it is repeated.
-COMPARED = ("model", "blocks", "filters", "seed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """Metrics after one epoch; accuracies are fractions."""
-
-    number: int  # from 1
-    train_loss: float
-    train_accuracy: float
-    validation_loss: float
-    validation_accuracy: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSummary:
-    """What a run's config and record say about it; accuracies are fractions."""
-
-    location: str
-    identity: Identity
-    state: str  # complete, running, interrupted or diverged
-    planned_epochs: int
-    history: tuple[Epoch, ...]
-    parameters: int | None
-    train_accuracy: float | None
-    validation_accuracy: float | None  # after the last epoch, not the highest
-    test_accuracy: float | None  # only with a hold-out: then the test set is evaluated once, at the end
-    images_per_second: float | None
-    seconds: float  # wall time of training and evaluation over all attempts
-
-    @classmethod
-    def from_record(cls, location: str, config: Mapping[str, Any], record: Record) -> RunSummary:
-        """Summarize config.json and record.json. Raises KeyError or TypeError on foreign content."""
-        result, history, settings = record.result or {}, record.history, config.get("settings", {})
-        last = history[-1] if history else {"train": {}, "validation": {}}
-        spent = sum(entry["train"]["seconds"] + entry["validation"]["seconds"] for entry in history)
-        return cls(
-            location=location,
-            identity=Identity.from_json(config["identity"]),
-            state=record.state,
-            planned_epochs=result.get("epochs") or max(settings.get("epochs", 0), len(history)),
-            history=tuple(map(_epoch, history)),
-            parameters=result.get("parameters", settings.get("parameters")),
-            train_accuracy=result.get("train", last["train"]).get("accuracy"),
-            validation_accuracy=result.get("validation", last["validation"]).get("accuracy"),
-            test_accuracy=(result.get("test") or {}).get("accuracy"),
-            images_per_second=result.get("images_per_second", _speed(history)),
-            seconds=result.get("seconds", spent),
-        )
-
-    @property
-    def name(self) -> str:
-        """Last part of the location."""
-        return self.location.rstrip("/").rpartition("/")[2]
-
-    @property
-    def model(self) -> str:
-        """``resnet`` or ``plainnet``."""
-        return self.identity.network.model
-
-    @property
-    def layers(self) -> int:
-        """Depth: convolutions on the main path plus the dense layer."""
-        return self.identity.network.layers
-
-    @property
-    def complete(self) -> bool:
-        """Whether its accuracies are final."""
-        return self.state == "complete"
-
-    @property
-    def validated_on(self) -> str:
-        """The images behind the validation accuracy."""
-        return "hold-out" if self.identity.holdout else "test set"
-
-    @property
-    def final_accuracy(self) -> float | None:
-        """Accuracy on the test set after the last epoch: with a hold-out, not the validation accuracy."""
-        return self.test_accuracy if self.identity.holdout else self.validation_accuracy
-
-    @property
-    def highest_accuracy(self) -> float | None:
-        """Highest validation accuracy of any epoch: picked with hindsight, therefore optimistic."""
-        return max((epoch.validation_accuracy for epoch in self.history), default=None)
-
-    @property
-    def shape(self) -> tuple[tuple[int, ...], int]:
-        """What twins share: blocks and filters."""
-        return self.identity.network.blocks, self.identity.network.filters
-
-    @property
-    def conditions(self) -> tuple[tuple[str, Any], ...]:
-        """What else two runs must share for their difference to be due to the network."""
-        values = self.identity.to_json()
-        values |= values.pop("recipe_values")
-        values["epochs"] = self.planned_epochs  # the identity's is empty where the length changes nothing
-        return tuple((field, value) for field, value in values.items() if field not in COMPARED)
-
-
-def _epoch(entry: Mapping[str, Any]) -> Epoch:
-    train, validation = entry["train"], entry["validation"]
-    return Epoch(
-        number=entry["epoch"] + 1,
-        train_loss=train["loss"],
-        train_accuracy=train["accuracy"],
-        validation_loss=validation["loss"],
-        validation_accuracy=validation["accuracy"],
-    )
-
-
-def _speed(history: Sequence[Mapping[str, Any]]) -> float | None:
-    seconds = sum(entry["train"]["seconds"] for entry in history)
-    images = sum(entry["train"]["images_per_second"] * entry["train"]["seconds"] for entry in history)
-    return images / seconds if seconds else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """A location that is no run, and why."""
-
-    location: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.location}: {self.reason}"
-
-
-def load_runs(locations: Iterable[str]) -> tuple[list[RunSummary], list[Skipped]]:
-    """Read the runs at and below the locations, folders or ``gs://`` prefixes, each run once.
-
-    Raises:
-        MissingInput: no run is left when the unreadable and foreign ones are skipped.
-    """
-    runs: dict[str, RunSummary] = {}
-    skipped = []
-    for location in locations:
-        try:
-            found = find_runs(location)
-        except JobError as error:
-            skipped.append(Skipped(location=location, reason=str(error)))
-            continue
-        if not found:
-            skipped.append(Skipped(location=location, reason="holds no run (no record.json here or below)"))
-        for place in found:
-            try:
-                runs.setdefault(place, _load(place))
-            except JobError as error:
-                skipped.append(Skipped(location=place, reason=str(error)))
-    if not runs:
-        reasons = "".join(f"\n  {item}" for item in skipped)
-        raise MissingInput(
-            f"compare needs at least one run, but none is left; example: compare runs{reasons}"
-        )
-    return sorted(runs.values(), key=_order), skipped
-
-
-def _order(run: RunSummary) -> tuple[Any, ...]:
-    identity = run.identity
-    return (
-        run.layers,
-        run.shape,
-        list(NAMES).index(run.model),
-        identity.recipe.name,
-        identity.seed,
-        run.location,
-    )
-
-
-def _load(location: str) -> RunSummary:
-    with closing(open_store(location)) as store:
-        config = read_config(store)
-        if config is None:
-            raise InvalidData("not a run of this job: no config.json")
-        try:
-            return RunSummary.from_record(location, config, read_record(store))
-        except NotFound as error:
-            raise InvalidData("not a run of this job: no record.json") from error
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InvalidData(f"not a run of this job: its record lacks {error}") from error
-
-
-@contextmanager
-def _plots_extra() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise UsageError(
-            f"compare needs SciPy and Matplotlib, but {error.name} is not installed; "
-            "install the extra that the light image leaves out: pip install '.[plots]'"
-        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +43,7 @@ class Pairing:
         count = len(self.differences)
         if count < 2:
             return None
-        with _plots_extra():
+        with plots_extra():
             from scipy import stats
 
         error = statistics.stdev(self.differences) / math.sqrt(count)
@@ -283,7 +83,7 @@ def _pairing(title: str, runs: Sequence[RunSummary]) -> Pairing:
         {run.identity.seed: run for run in reversed(runs) if run.model == model} for model in NAMES
     )
     seeds = sorted(resnets.keys() & plainnets.keys())
-    gains = [_final(resnets[seed]) - _final(plainnets[seed]) for seed in seeds]
+    gains = [final_accuracy_of(resnets[seed]) - final_accuracy_of(plainnets[seed]) for seed in seeds]
     return Pairing(
         title=title,
         seeds=tuple(seeds),
@@ -292,28 +92,10 @@ def _pairing(title: str, runs: Sequence[RunSummary]) -> Pairing:
     )
 
 
-def _final(run: RunSummary) -> float:
-    assert run.final_accuracy is not None
-    return run.final_accuracy
-
-
 def _title(run: RunSummary, groups: Iterable[tuple[Any, tuple[tuple[str, Any], ...]]]) -> str:
     """Depth, width, and the conditions in which groups of this very shape differ."""
     alternatives = [conditions for shape, conditions in groups if shape == run.shape]
-    return ", ".join([f"{run.layers} layers, {run.shape[1]} filters", *_distinction(run, alternatives)])
-
-
-def _distinction(run: RunSummary, alternatives: Sequence[tuple[tuple[str, Any], ...]]) -> list[str]:
-    """The conditions that tell a run from the alternatives, as "epochs 3"; another recipe by its name."""
-    apart = [
-        (field, value)
-        for field, value in run.conditions
-        if any(dict(other)[field] != value for other in alternatives)
-    ]
-    if any(field == "recipe" for field, _ in apart):
-        values = vars(run.identity.recipe)
-        apart = [(field, value) for field, value in apart if field == "recipe" or field not in values]
-    return [f"{field.replace('_', ' ')} {str(value)[:12]}" for field, value in apart]
+    return ", ".join([f"{run.layers} layers, {run.shape[1]} filters", *distinction(run, alternatives)])
 
 
 def caveats(runs: Sequence[RunSummary]) -> list[str]:
@@ -505,157 +287,3 @@ def _csv_row(run: RunSummary) -> dict[str, Any]:
         "state": run.state,
         "location": run.location,
     }
-
-
-# -- figures -------------------------------------------------------------------------------------------------
-
-PANELS = (
-    ("Training accuracy", "train_accuracy"),
-    ("Validation accuracy", "validation_accuracy"),
-    ("Training loss", "train_loss"),
-    ("Validation loss", "validation_loss"),
-)
-
-
-@dataclass(frozen=True)
-class _Series:
-    """Runs that differ in their seed alone."""
-
-    label: str
-    colour: str
-    line: str
-    runs: tuple[RunSummary, ...]
-
-    def values(self, metric: str) -> list[list[float]]:
-        """``values[epoch][run]`` of the epochs that every run has reached."""
-        return [
-            [getattr(epoch, metric) for epoch in epochs]
-            for epochs in zip(*(run.history for run in self.runs), strict=False)
-        ]
-
-
-def curves_figure(runs: Sequence[RunSummary]) -> Figure:
-    """Draw accuracy and loss per epoch of both networks: mean over seeds, band from lowest to highest.
-
-    One depth makes 2x2 panels; several make a row of four each.
-    """
-    with _plots_extra():
-        from matplotlib.figure import Figure
-
-    shapes = list(dict.fromkeys(run.shape for run in runs))
-    rows, columns = (2, 2) if len(shapes) == 1 else (len(shapes), 4)
-    figure = Figure(figsize=(10.5 if columns == 2 else 17, 3.6 * rows))
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)  # inches around each panel
-    axes = figure.subplots(rows, columns, squeeze=False).reshape(len(shapes), 4)
-    for row, shape in zip(axes, shapes, strict=True):
-        members = [run for run in runs if run.shape == shape]
-        for axis, (title, metric) in zip(row, PANELS, strict=True):
-            _draw_curves(axis, _series(members), metric)
-            _label_curves(axis, f"{title}, {_size(members[0], runs)}", metric, members)
-        row[0].legend(loc="best", fontsize=9, frameon=False)
-    figure.suptitle("ResNet against PlainNet: mean over seeds, band from lowest to highest", fontsize=13)
-    return figure
-
-
-def _series(runs: Sequence[RunSummary]) -> list[_Series]:
-    """Group by network and conditions; an unfinished run does not shorten the curve of finished ones."""
-    groups: dict[Any, list[RunSummary]] = defaultdict(list)
-    for run in runs:
-        groups[run.conditions, run.model].append(run)
-    settings = list(dict.fromkeys(conditions for conditions, _ in groups))
-    series = []
-    for (conditions, model), members in groups.items():
-        chosen = [run for run in members if run.complete] or [run for run in members if run.history]
-        count = f"{len(chosen)} seed{'s' * (len(chosen) != 1)}"
-        label = ", ".join([NAMES[model], *_distinction(members[0], settings), count])
-        line = LINES[settings.index(conditions) % len(LINES)]
-        series.append(_Series(label, COLOURS[model], line, tuple(chosen)))
-    return [item for item in series if item.runs]
-
-
-def _draw_curves(axis: Axes, series: Sequence[_Series], metric: str) -> None:
-    for item in series:
-        values = item.values(metric)
-        epochs = range(1, len(values) + 1)
-        means = [statistics.fmean(row) for row in values]
-        marker = "o" if len(values) <= 20 else ""
-        axis.plot(
-            epochs, means, item.line, color=item.colour, label=item.label, marker=marker, markersize=3.5
-        )
-        if len(item.runs) > 1:
-            lows, highs = [min(row) for row in values], [max(row) for row in values]
-            axis.fill_between(epochs, lows, highs, color=item.colour, alpha=0.18, linewidth=0)
-
-
-def _label_curves(axis: Axes, title: str, metric: str, runs: Sequence[RunSummary]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    images = " or ".join(dict.fromkeys(run.validated_on for run in runs))
-    on = f" on the {images}" if metric.startswith("validation") else ""
-    axis.set_title(title, fontsize=11)
-    axis.set_xlabel("epoch")
-    axis.set_ylabel(f"accuracy{on}" if metric.endswith("accuracy") else f"cross-entropy{on}")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _tidy(axis, percent=metric.endswith("accuracy"))
-
-
-def _size(run: RunSummary, runs: Iterable[RunSummary]) -> str:
-    """Depth, and the width where the runs have several."""
-    several_widths = len({other.shape[1] for other in runs}) > 1
-    return f"{run.layers} layers" + f", {run.shape[1]} filters" * several_widths
-
-
-def _tidy(axis: Axes, *, percent: bool) -> None:
-    if percent:
-        axis.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.3g}%")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def depth_figure(runs: Sequence[RunSummary]) -> Figure | None:
-    """Draw final test accuracy against depth, a dot a finished run and a line through the means.
-
-    Only networks that were trained at several depths under equal conditions are drawn; None if there is none.
-    """
-    groups: dict[Any, list[RunSummary]] = defaultdict(list)
-    for run in runs:
-        if run.complete and run.final_accuracy is not None:
-            groups[run.shape[1], run.conditions, run.model].append(run)
-    groups = {key: group for key, group in groups.items() if len({run.layers for run in group}) > 1}
-    if not groups:
-        return None
-    with _plots_extra():
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axis = figure.subplots()
-    settings = list(dict.fromkeys(key[:2] for key in groups))
-    for (filters, conditions, model), group in groups.items():
-        several_widths = len({width for width, _ in settings}) > 1
-        width = [f"{filters} filters"] * several_widths
-        distinction = _distinction(group[0], [other for _, other in settings])
-        label = ", ".join([NAMES[model], *width, *distinction])
-        _draw_depth(
-            axis, group, label, COLOURS[model], LINES[settings.index((filters, conditions)) % len(LINES)]
-        )
-    _label_depth(axis, [run for group in groups.values() for run in group])
-    return figure
-
-
-def _draw_depth(axis: Axes, runs: Sequence[RunSummary], label: str, colour: str, line: str) -> None:
-    accuracies: dict[int, list[float]] = defaultdict(list)
-    for run in runs:
-        accuracies[run.layers].append(_final(run))
-    depths = sorted(accuracies)
-    means = [statistics.fmean(accuracies[depth]) for depth in depths]
-    axis.plot(depths, means, line, color=colour, label=label)
-    axis.scatter([run.layers for run in runs], [_final(run) for run in runs], color=colour, s=22, alpha=0.6)
-
-
-def _label_depth(axis: Axes, runs: Sequence[RunSummary]) -> None:
-    axis.set_title("Final accuracy against depth: one dot a run, a line through the means", fontsize=11)
-    axis.set_xlabel("layers")
-    axis.set_ylabel("accuracy on the test set")
-    axis.set_xticks(sorted({run.layers for run in runs}))
-    axis.legend(frameon=False)
-    _tidy(axis, percent=True)

@@ -114,6 +114,17 @@ RECIPES = {
         crop_padding=4,
         flip=True,
     ),
+    # Few epochs. Smith and Topin 2018, Super-Convergence: one cycle of a high rate; tuned on a hold-out.
+    "fast": Recipe(
+        name="fast",
+        optimizer="sgd",
+        learning_rate=0.2,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+        schedule="triangle",
+        flip=True,
+    ),
 }
 
 

@@ -92,24 +92,26 @@ def layer_graph(layers: Iterable[tuple[str, str, Iterable[str]]]) -> bytes:
 
     Args:
         layers: (name, kind, names of the layers it takes its input from) in topological order. Names like
-            ``stage1_block2_conv1`` fold into ``stage1/block2``; ReLU and normalization join what they follow.
+            ``stage1_block2_conv1`` fold into ``stage1/block2``; ReLU and normalization join what they follow;
+            what is before the first stage folds into ``stem``.
     """
     graph = graph_pb2.GraphDef(versions=versions_pb2.VersionDef(producer=22))
     paths: dict[str, str] = {}
     for name, kind, inputs in layers:
         sources = [paths[source] for source in inputs]
-        paths[name] = _scoped(name, kind, sources)
+        in_stem = kind != "InputLayer" and not any(path.startswith("stage") for path in paths.values())
+        paths[name] = _scoped(name, kind, sources) or (f"stem/{name}" if in_stem else name)
         graph.node.add(name=paths[name], op=kind, input=sources)
     return bytes(graph.SerializeToString(deterministic=True))
 
 
-def _scoped(name: str, kind: str, sources: list[str]) -> str:
+def _scoped(name: str, kind: str, sources: list[str]) -> str | None:
     if match := re.fullmatch(r"(stage\d+)_(block\d+)_(.+)", name):
         return "/".join(match.groups())
     follows = kind == "ReLU" or "Normalization" in kind
     if follows and sources and "/" in sources[0]:
         return f"{sources[0].rpartition('/')[0]}/{name}"
-    return name
+    return None
 
 
 def _run_builders(
@@ -139,8 +141,11 @@ def _epoch_segment(entry: Json, split: str) -> bytes:
 
 
 def _about_run(config: Json, sample_grid: bytes | None) -> list[Any]:
-    options = {**hyperparameters(config), **config["settings"]}
-    rows = [f"| {key} | {_cell(value)} |" for key, value in options.items() if key != "created"]
+    values = hyperparameters(config)
+    options = values | {key: value for key, value in config["settings"].items() if key not in values}
+    rows = [
+        f"| {key} | {_cell(value)} |" for key, value in options.items() if key not in ("created", "network")
+    ]
     text = _text("configuration", "\n".join(["| option | value |", "|---|---|", *rows]))
     return [text] + ([_image("samples", sample_grid)] if sample_grid else [])
 

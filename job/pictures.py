@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CELL = 64  # pixels, height and width of one cell of the confusion matrix
-MARGIN = 110  # pixels left of the matrix, for the longest class name ("automobile")
-HEADER = 72  # pixels above it, for the title and the column names
+# TensorBoard shows an image about 330 pixels wide: narrow cells and large letters stay legible there.
+CELL = 44  # pixels, height and width of one cell of the confusion matrix
+MARGIN = 112  # pixels left of the matrix, for the longest class name ("automobile")
+HEADER = 160  # pixels above it, for the title and the column names
 DARK_BLUE = np.array([8, 48, 107], np.float64)  # a class that is always recognized
 INK, PAPER = (33, 37, 41), (255, 255, 255)
 
@@ -36,11 +37,9 @@ def confusion_matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> b
     picture = Image.new("RGB", (MARGIN + size * CELL + 12, HEADER + size * CELL + 12), PAPER)
     draw = ImageDraw.Draw(picture)
     accuracy = np.trace(matrix) / max(matrix.sum(), 1)
-    title = (
-        f"Rows: true class. Columns: predicted class. {accuracy:.2%} of {matrix.sum():,} images are right."
-    )
-    draw.text((12, 12), title, INK, _font(18))
-    _draw_names(draw, names)
+    draw.text((12, 8), f"{accuracy:.2%} of {matrix.sum():,} images are right.", INK, _font(20))
+    draw.text((12, 32), "Rows: true class. Columns: predicted class.", INK, _font(18))
+    _draw_names(picture, draw, names)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     for row in range(size):
         for column in range(size):
@@ -48,11 +47,14 @@ def confusion_matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> b
     return png(np.asarray(picture))
 
 
-def _draw_names(draw: ImageDraw.ImageDraw, names: Sequence[str]) -> None:
+def _draw_names(picture: Image.Image, draw: ImageDraw.ImageDraw, names: Sequence[str]) -> None:
+    """Names of the rows before them; names of the columns above them, read from below."""
     for index, name in enumerate(names):
         middle = index * CELL + CELL // 2
-        draw.text((MARGIN - 8, HEADER + middle), name, INK, _font(16), anchor="rm")
-        draw.text((MARGIN + middle, HEADER - 13), name, INK, _font(12.5), anchor="mm")
+        draw.text((MARGIN - 8, HEADER + middle), name, INK, _font(18), anchor="rm")
+        label = Image.new("RGB", (MARGIN - 14, CELL), PAPER)
+        ImageDraw.Draw(label).text((2, CELL // 2), name, INK, _font(18), anchor="lm")
+        picture.paste(label.rotate(90, expand=True), (MARGIN + index * CELL, HEADER - label.width - 2))
 
 
 def _draw_cell(draw: ImageDraw.ImageDraw, row: int, column: int, count: int, share: float) -> None:
@@ -62,7 +64,7 @@ def _draw_cell(draw: ImageDraw.ImageDraw, row: int, column: int, count: int, sha
     draw.rectangle((left, top, left + CELL - 2, top + CELL - 2), (int(red), int(green), int(blue)))
     if count:
         ink = PAPER if share > 0.25 else INK
-        draw.text((left + CELL // 2 - 1, top + CELL // 2 - 1), str(count), ink, _font(16), anchor="mm")
+        draw.text((left + CELL // 2 - 1, top + CELL // 2 - 1), str(count), ink, _font(18), anchor="mm")
 
 
 def _font(size: float) -> Font:

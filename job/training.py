@@ -105,9 +105,13 @@ class Splits:
 
 @contextmanager
 def _peers(cluster: Cluster) -> Iterator[None]:
-    """Say that a peer was lost where a collective among several workers fails."""
+    """End together where all end; say that a peer was lost where a collective among several workers fails."""
     try:
         yield
+        cluster.part()
+    except (Interrupted, Diverged):
+        cluster.part()
+        raise
     except tf.errors.OpError as error:
         if cluster.workers == 1:
             raise
@@ -126,6 +130,7 @@ def _run_of(claim: Claim, settings: Settings, cluster: Cluster) -> Iterator[Run]
     lock = storage.acquire_host_lock(claim.store.location, take_over=settings.take_over)
     try:
         run = claim.claim(keep=settings.keep)
+        run.on_poll = lock.acquire  # after a take-over it is free once the old owner has ended
         try:
             cluster.from_chief(run.record.to_bytes())
             yield run

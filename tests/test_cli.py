@@ -175,7 +175,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("--name", "-x", NAME_RULE, "example: --name resnet-first-try"),
     ("--name", "", NAME_RULE, "example: --name resnet-first-try"),
     ("--name", "n" * 129, NAME_RULE, "example: --name resnet-first-try"),
-    ("--recipe", "sgd", "is not one of", "'article', 'he'"),
+    ("--recipe", "sgd", "is not one of", "'article', 'fast', 'he'"),
     ("--epochs", "0", "must be at least 1", "example: --epochs 2"),
     ("--epochs", "1.5", INTEGER, "example: 20"),
     ("--batch-size", "0", "must be at least 1", "example: --batch-size 2"),

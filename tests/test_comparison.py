@@ -20,11 +20,12 @@ from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 from scipy import stats
 
-from job import comparison
-from job.comparison import Pairing, RunSummary, load_runs
+from job import comparison, figures
+from job.comparison import Pairing
 from job.config import RECIPES, Network, Settings
 from job.errors import MissingInput, UsageError
 from job.storage import open_store
+from job.summaries import RunSummary, load_runs
 
 TWENTY, FIFTY_SIX = (3, 3, 3), (9, 9, 9)
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -377,7 +378,7 @@ def y_of(line: Line2D) -> list[float]:
 
 
 def test_curves_show_mean_and_range_over_seeds_in_four_labelled_panels(tmp_path: Path) -> None:
-    figure = comparison.curves_figure(twins(tmp_path, (0.0625, 0.1875)))
+    figure = figures.curves_figure(twins(tmp_path, (0.0625, 0.1875)))
 
     assert [axis.get_title() for axis in figure.axes] == [
         "Training accuracy, 20 layers",
@@ -394,7 +395,7 @@ def test_curves_show_mean_and_range_over_seeds_in_four_labelled_panels(tmp_path:
     ]
     assert legend(figure.axes[0]) == ["ResNet, 2 seeds", "PlainNet, 2 seeds"]
     for axis in figure.axes:
-        assert [to_hex(line.get_color()) for line in axis.lines] == list(comparison.COLOURS.values())
+        assert [to_hex(line.get_color()) for line in axis.lines] == list(figures.COLOURS.values())
         assert len(axis.collections) == 2
     resnet, plainnet = figure.axes[1].lines
     assert x_of(resnet) == [1, 2]
@@ -408,7 +409,7 @@ def test_curves_show_mean_and_range_over_seeds_in_four_labelled_panels(tmp_path:
 def test_curves_have_a_row_of_panels_for_each_depth(tmp_path: Path) -> None:
     twins(tmp_path / "a", (0.01,))
     twins(tmp_path / "b", (0.02,), blocks=FIFTY_SIX, filters=8)
-    figure = comparison.curves_figure(load_runs([str(tmp_path)])[0])
+    figure = figures.curves_figure(load_runs([str(tmp_path)])[0])
 
     titles = [axis.get_title() for axis in figure.axes]
     assert len(titles) == 8
@@ -420,7 +421,7 @@ def test_curves_have_a_row_of_panels_for_each_depth(tmp_path: Path) -> None:
 def test_runs_of_other_settings_get_lines_of_their_own(tmp_path: Path) -> None:
     twins(tmp_path / "a", (0.01,))
     write_run(tmp_path / "he", recipe=RECIPES["he"])
-    axis = comparison.curves_figure(load_runs([str(tmp_path)])[0]).axes[0]
+    axis = figures.curves_figure(load_runs([str(tmp_path)])[0]).axes[0]
 
     assert sorted(legend(axis)) == [
         "PlainNet, recipe article, 1 seed",
@@ -434,7 +435,7 @@ def test_an_unfinished_run_does_not_shorten_the_curve_of_finished_ones(tmp_path:
     twins(tmp_path / "a", (0.0625,))
     write_run(tmp_path / "b", accuracies=(0.75,), planned=2, state="running", seed=1)
     write_run(tmp_path / "c", accuracies=(), planned=2, state="running", seed=2, model="plainnet")
-    resnet = comparison.curves_figure(load_runs([str(tmp_path)])[0]).axes[1].lines[0]
+    resnet = figures.curves_figure(load_runs([str(tmp_path)])[0]).axes[1].lines[0]
 
     assert y_of(resnet) == [0.25, 0.5625]
 
@@ -446,7 +447,7 @@ def test_depth_figure_draws_means_and_every_run(tmp_path: Path) -> None:
         tmp_path / "c", blocks=(2, 5, 5, 2), filters=64, accuracies=(0.5,) * 3
     )  # one depth, other epochs
     write_run(tmp_path / "d", blocks=(5, 5, 5), accuracies=(0.9,), planned=2, state="running")
-    figure = comparison.depth_figure(load_runs([str(tmp_path)])[0])
+    figure = figures.depth_figure(load_runs([str(tmp_path)])[0])
 
     assert figure is not None
     (axis,) = figure.axes
@@ -464,7 +465,7 @@ def test_depth_figure_draws_means_and_every_run(tmp_path: Path) -> None:
 
 
 def test_no_depth_figure_for_a_single_depth(tmp_path: Path) -> None:
-    assert comparison.depth_figure(twins(tmp_path, (0.01,))) is None
+    assert figures.depth_figure(twins(tmp_path, (0.01,))) is None
 
 
 def test_without_the_plots_extra_the_error_says_what_to_install(
@@ -473,7 +474,7 @@ def test_without_the_plots_extra_the_error_says_what_to_install(
     runs = twins(tmp_path, (0.01, 0.02))
     attempts: list[Callable[[], object]] = [
         lambda: comparison.text_report(runs),
-        lambda: comparison.curves_figure(runs),
+        lambda: figures.curves_figure(runs),
     ]
     for module, attempt in zip(("scipy", "matplotlib.figure"), attempts, strict=True):
         monkeypatch.setitem(sys.modules, module, None)

@@ -50,6 +50,8 @@ LAYERS = (
     "events",
     "publication",
     "trainer",
+    "summaries",
+    "figures",
     "comparison",
     "training",
     "cli",

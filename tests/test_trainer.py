@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -11,6 +12,7 @@ import tensorflow as tf
 from job import portable
 from job.batches import EpochPlan
 from job.cifar10 import Split
+from job.config import recipe_of
 from job.normalization import BatchNormalization
 from job.trainer import DeviceSplit, Predictions, Trainer
 from tests.support import assert_same_state, cluster_of, identity_of, split_of, trainer_of
@@ -75,7 +77,7 @@ def test_every_image_is_trained_once_an_epoch_and_evaluated_once(replicas: Any) 
     np.testing.assert_array_equal(parts[0].predicted, whole.predicted)
 
 
-@pytest.mark.parametrize("recipe", ["article", "he"])
+@pytest.mark.parametrize("recipe", ["article", "he", "fast"])
 def test_one_and_two_replicas_agree_with_synchronized_statistics(recipe: Any) -> None:
     one, two = (trainer_of(identity_of(recipe=recipe), replicas=replicas) for replicas in (1, 2))
     for step in range(5):
@@ -149,10 +151,9 @@ def test_no_bit_depends_on_how_steps_are_split_into_calls(split: Any) -> None:
     assert_same_state(trainer.state, reference.state)
 
 
-def test_coupled_weight_decay_and_momentum_match_numpy_steps() -> None:
-    identity = identity_of(recipe="he")
-    plain = trainer_of(identity_of(recipe="he"))
-    trainer = trainer_of(identity)
+@pytest.mark.parametrize(("recipe", "decay", "nesterov"), [("he", 1e-4, False), ("fast", 5e-4, True)])
+def test_coupled_weight_decay_and_momentum_match_numpy_steps(recipe: Any, decay: Any, nesterov: Any) -> None:
+    trainer = trainer_of(identity_of(recipe=recipe))
     gradients: list[list[np.ndarray]] = []
     inner = trainer._forward_backward
 
@@ -173,13 +174,40 @@ def test_coupled_weight_decay_and_momentum_match_numpy_steps() -> None:
     for step in range(3):
         steps(trainer, 1, first=step)
         for index, variable in enumerate(variables):
-            decay = 1e-4 * weights[index] if variable.name == "kernel" else 0.0
-            velocity[index] = 0.9 * velocity[index] - RATE * (gradients[step][index] + decay)
-            weights[index] = weights[index] + velocity[index]
+            decayed = decay * weights[index] if variable.name == "kernel" else 0.0
+            descent = -RATE * (gradients[step][index] + decayed)
+            velocity[index] = 0.9 * velocity[index] + descent
+            weights[index] = weights[index] + (
+                0.9 * velocity[index] + descent if nesterov else velocity[index]
+            )
     for variable, expected in zip(variables, weights, strict=True):
         np.testing.assert_allclose(variable.numpy(), expected, rtol=2e-5, atol=1e-7)
     assert len([variable for variable in variables if variable.name == "kernel"]) == 7
-    assert plain.state.weights[0].shape == (3,)
+
+
+def test_label_smoothing_matches_numpy() -> None:
+    """Szegedy et al. 2016, *Rethinking the Inception Architecture*, section 7: q' = (1 - e) q + e / 10."""
+    identity = identity_of()
+    recipe = replace(identity.recipe, label_smoothing=0.1)
+    words = np.random.default_rng(0)
+    logits, labels = words.normal(size=(6, 10)), np.array([0, 3, 9, 3, 1, 5])
+    losses = trainer_of(replace(identity, recipe=recipe))._image_losses(
+        tf.constant(logits, tf.float32), tf.constant(labels, tf.int32)
+    )
+    targets = 0.9 * np.eye(10)[labels] + 0.01
+    expected = -(targets * (logits - np.log(np.exp(logits).sum(1, keepdims=True)))).sum(1)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_the_rate_follows_its_schedule() -> None:
+    def rates(name: str, total: int = 100) -> list[float]:
+        return [recipe_of(name, 0.5).rate(step, total) for step in range(total)]
+
+    np.testing.assert_allclose(rates("article"), np.full(100, 0.5))
+    np.testing.assert_allclose(rates("he"), np.repeat([0.5, 0.05, 0.005], [50, 25, 25]))
+    # Up over the first fifth, from the rate's first share to the highest, and down to nothing.
+    np.testing.assert_allclose(rates("fast"), np.interp(range(100), [-1, 20, 100], [0, 0.5, 0]))
+    assert all(0 < rate <= 0.5 for total in range(1, 8) for rate in rates("fast", total))
 
 
 def test_labels_survive_order_and_augmentation() -> None:

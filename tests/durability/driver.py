@@ -183,6 +183,15 @@ def _half_sent(stop: Stop) -> None:
     wrap(gcs._Source, "read", read)
 
 
+def wait_for_peers(**seconds: float) -> None:
+    """Replace constants of how long a worker waits for its peers."""
+    from job import cluster
+
+    for name, value in seconds.items():
+        assert hasattr(cluster, name)
+        setattr(cluster, name, value)
+
+
 def run(spec: dict[str, Any], arguments: list[str]) -> None:
     """Be the job. Never returns."""
     from job import cli
@@ -197,6 +206,7 @@ def run(spec: dict[str, Any], arguments: list[str]) -> None:
                 install_clock()
             else:
                 install(Stop(spec))
+                wait_for_peers(**spec.get("peers", {}))
             return training
 
         cli._import_training = import_and_install  # type: ignore[assignment]

@@ -1,0 +1,185 @@
+"""Curves over epochs and accuracy over depth, drawn by Matplotlib without a display."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from job.errors import UsageError
+from job.summaries import NAMES, RunSummary, distinction, final_accuracy_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {"resnet": "#0b5fa5", "plainnet": "#d95f02"}  # told apart also by colour-blind readers and in grey
+LINES = ("-", "--", ":", "-.")  # runs of one network that differ in recipe, data or epochs
+PANELS = (
+    ("Training accuracy", "train_accuracy"),
+    ("Validation accuracy", "validation_accuracy"),
+    ("Training loss", "train_loss"),
+    ("Validation loss", "validation_loss"),
+)
+
+
+@contextmanager
+def plots_extra() -> Iterator[None]:
+    """Name the extra to install where an import fails. Raises UsageError."""
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(
+            f"compare needs SciPy and Matplotlib, but {error.name} is not installed; "
+            "install the extra that the light image leaves out: pip install '.[plots]'"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Runs that differ in their seed alone."""
+
+    label: str
+    colour: str
+    line: str
+    runs: tuple[RunSummary, ...]
+
+    def values(self, metric: str) -> list[list[float]]:
+        """``values[epoch][run]`` of the epochs that every run has reached."""
+        return [
+            [getattr(epoch, metric) for epoch in epochs]
+            for epochs in zip(*(run.history for run in self.runs), strict=False)
+        ]
+
+
+def curves_figure(runs: Sequence[RunSummary], panels: Sequence[tuple[str, str]] = PANELS) -> Figure:
+    """Draw metrics per epoch of both networks: mean over seeds, band from lowest to highest.
+
+    One depth makes two columns of panels; several make a row each.
+    """
+    with plots_extra():
+        from matplotlib.figure import Figure
+
+    shapes = list(dict.fromkeys(run.shape for run in runs))
+    columns = 2 if len(shapes) == 1 else len(panels)
+    rows = len(shapes) * len(panels) // columns
+    figure = Figure(figsize=(10.5 if columns == 2 else 17, 3.6 * rows))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)  # inches around each panel
+    axes = figure.subplots(rows, columns, squeeze=False).reshape(len(shapes), len(panels))
+    for row, shape in zip(axes, shapes, strict=True):
+        members = [run for run in runs if run.shape == shape]
+        for axis, (title, metric) in zip(row, panels, strict=True):
+            _draw_curves(axis, _series(members), metric)
+            _label_curves(axis, f"{title}, {_size(members[0], runs)}", metric, members)
+        row[0].legend(loc="best", fontsize=9, frameon=False)
+    figure.suptitle("ResNet against PlainNet: mean over seeds, band from lowest to highest", fontsize=13)
+    return figure
+
+
+def _series(runs: Sequence[RunSummary]) -> list[_Series]:
+    """Group by network and conditions; an unfinished run does not shorten the curve of finished ones."""
+    groups: dict[Any, list[RunSummary]] = defaultdict(list)
+    for run in runs:
+        groups[run.conditions, run.model].append(run)
+    settings = list(dict.fromkeys(conditions for conditions, _ in groups))
+    series = []
+    for (conditions, model), members in groups.items():
+        chosen = [run for run in members if run.complete] or [run for run in members if run.history]
+        count = f"{len(chosen)} seed{'s' * (len(chosen) != 1)}"
+        label = ", ".join([NAMES[model], *distinction(members[0], settings), count])
+        line = LINES[settings.index(conditions) % len(LINES)]
+        series.append(_Series(label, COLOURS[model], line, tuple(chosen)))
+    return [item for item in series if item.runs]
+
+
+def _draw_curves(axis: Axes, series: Sequence[_Series], metric: str) -> None:
+    for item in series:
+        values = item.values(metric)
+        epochs = range(1, len(values) + 1)
+        means = [statistics.fmean(row) for row in values]
+        marker = "o" if len(values) <= 20 else ""
+        axis.plot(
+            epochs, means, item.line, color=item.colour, label=item.label, marker=marker, markersize=3.5
+        )
+        if len(item.runs) > 1:
+            lows, highs = [min(row) for row in values], [max(row) for row in values]
+            axis.fill_between(epochs, lows, highs, color=item.colour, alpha=0.18, linewidth=0)
+
+
+def _label_curves(axis: Axes, title: str, metric: str, runs: Sequence[RunSummary]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    images = " or ".join(dict.fromkeys(run.validated_on for run in runs))
+    on = f" on the {images}" if metric.startswith("validation") else ""
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel(f"accuracy{on}" if metric.endswith("accuracy") else f"cross-entropy{on}")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _tidy(axis, percent=metric.endswith("accuracy"))
+
+
+def _size(run: RunSummary, runs: Iterable[RunSummary]) -> str:
+    """Depth, and the width where the runs have several."""
+    several_widths = len({other.shape[1] for other in runs}) > 1
+    return f"{run.layers} layers" + f", {run.shape[1]} filters" * several_widths
+
+
+def _tidy(axis: Axes, *, percent: bool) -> None:
+    if percent:
+        axis.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.3g}%")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def depth_figure(runs: Sequence[RunSummary]) -> Figure | None:
+    """Draw final test accuracy against depth, a dot a finished run and a line through the means.
+
+    Only networks that were trained at several depths under equal conditions are drawn; None if there is none.
+    """
+    groups: dict[Any, list[RunSummary]] = defaultdict(list)
+    for run in runs:
+        if run.complete and run.final_accuracy is not None:
+            groups[run.shape[1], run.conditions, run.model].append(run)
+    groups = {key: group for key, group in groups.items() if len({run.layers for run in group}) > 1}
+    if not groups:
+        return None
+    with plots_extra():
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axis = figure.subplots()
+    settings = list(dict.fromkeys(key[:2] for key in groups))
+    for (filters, conditions, model), group in groups.items():
+        several_widths = len({width for width, _ in settings}) > 1
+        width = [f"{filters} filters"] * several_widths
+        apart = distinction(group[0], [other for _, other in settings])
+        label = ", ".join([NAMES[model], *width, *apart])
+        _draw_depth(
+            axis, group, label, COLOURS[model], LINES[settings.index((filters, conditions)) % len(LINES)]
+        )
+    _label_depth(axis, [run for group in groups.values() for run in group])
+    return figure
+
+
+def _draw_depth(axis: Axes, runs: Sequence[RunSummary], label: str, colour: str, line: str) -> None:
+    accuracies: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        accuracies[run.layers].append(final_accuracy_of(run))
+    depths = sorted(accuracies)
+    means = [statistics.fmean(accuracies[depth]) for depth in depths]
+    axis.plot(depths, means, line, color=colour, label=label)
+    axis.scatter(
+        [run.layers for run in runs], [final_accuracy_of(run) for run in runs], color=colour, s=22, alpha=0.6
+    )
+
+
+def _label_depth(axis: Axes, runs: Sequence[RunSummary]) -> None:
+    axis.set_title("Final accuracy against depth: one dot a run, a line through the means", fontsize=11)
+    axis.set_xlabel("layers")
+    axis.set_ylabel("accuracy on the test set")
+    axis.set_xticks(sorted({run.layers for run in runs}))
+    axis.legend(frameon=False)
+    _tidy(axis, percent=True)

@@ -1,0 +1,228 @@
+"""The experiment: what `make experiment` runs, and that the README says what the kept runs say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from job import cifar10
+from job.config import FORMAT
+from job.summaries import NAMES
+from tests.test_house import ROOT, run_make
+from tests.test_readme import README, chapter, table
+from tests.tools import keep_results
+from tests.tools.keep_results import FIGURE, KEPT
+
+DATA = cifar10.fingerprint(cifar10.OFFICIAL)
+
+
+def raw(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config and record, as they lie in a folder."""
+    config, record = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "record"))
+    return config, record
+
+
+def kept() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return [raw(folder) for folder in sorted(KEPT.iterdir())]
+
+
+# --- the plan
+
+
+def test_the_plan_is_paired_and_cheapest_first() -> None:
+    plan = keep_results.plan()
+
+    shapes = [(run.layers, run.settings.network.model, run.settings.seed) for run in plan]
+    small = [
+        (layers, model, seed) for seed in (0, 1, 2) for layers in (20, 56) for model in ("resnet", "plainnet")
+    ]
+    assert shapes == [*small, (30, "resnet", 0), (30, "plainnet", 0)]
+    assert [run.settings.epochs for run in plan] == [10] * 12 + [3] * 2
+    assert {run.settings.network.filters for run in plan[:12]} == {16}
+    assert {run.settings.network.filters for run in plan[12:]} == {64}
+    assert {run.settings.recipe.name for run in plan} == {"article"}
+    assert len({run.name for run in plan}) == len(plan)
+
+
+def test_the_plan_can_be_smaller() -> None:
+    plan = keep_results.plan("SEEDS=7", "SHAPES=1,1", "EPOCHS=2", "FILTERS=8")
+
+    assert [(run.layers, run.settings.seed, run.settings.epochs) for run in plan] == [
+        (6, 7, 2),
+        (6, 7, 2),
+        (30, 0, 2),
+        (30, 0, 2),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_make_experiment_trains_what_is_missing_and_the_second_time_nothing(tmp_path: Path) -> None:
+    """The twins stand in for the article's, too, so that the first time already finds two of four done."""
+    arguments = ["experiment", f"--old-file={sys.prefix}/.ready", f"VENV={sys.prefix}", "DATA=sample"]
+    arguments += ["SEEDS=0", "SHAPES=1,1", "FILTERS=8", "EPOCHS=1", "ARTICLE=--blocks 1,1 --filters 8"]
+    arguments += [f"EXPERIMENT={tmp_path}/runs"]
+
+    first = run_make(*arguments)
+    assert first.returncode == 0, first.stderr
+    log = first.stdout + first.stderr
+    assert log.count("epoch 1/1: ") == 2
+    assert log.count("already complete") == 2
+    assert "6 layers, 8 filters: " in log
+    assert "One pair proves nothing." in log
+    assert (tmp_path / "runs" / "report" / "curves.png").exists()
+
+    before = contents(tmp_path / "runs")
+    second = run_make(*arguments)
+    assert second.returncode == 0, second.stderr
+    log = second.stdout + second.stderr
+    assert "epoch 1/1: " not in log
+    assert log.count("already complete") == 4
+    assert contents(tmp_path / "runs") == before
+
+
+def contents(runs: Path) -> dict[Path, bytes]:
+    """What counts of the runs; a start that finds a run complete writes nothing of it."""
+    return {path: path.read_bytes() for path in sorted(runs.glob("*net*/**/*")) if path.is_file()}
+
+
+# --- what is kept
+
+
+def test_kept_runs_are_finished_runs_of_the_plan_on_the_official_data() -> None:
+    planned = {run.name: run.settings.epochs for run in keep_results.plan()}
+    for folder in sorted(KEPT.iterdir()):
+        config, record = raw(folder)
+        assert {path.name for path in folder.iterdir()} == {"config.json", "record.json"}
+        assert config["identity"]["data_sha256"] == record["result"]["data_sha256"] == DATA
+        assert record["state"] == "complete"
+        assert len(record["history"]) == record["result"]["epochs"] == planned[folder.name]
+        assert record["result"]["steps"] == 391 * len(record["history"])
+        assert sum(map(sum, record["result"]["confusion"])) == 10_000
+        correct = sum(row[index] for index, row in enumerate(record["result"]["confusion"]))
+        assert correct / 10_000 == pytest.approx(record["result"]["validation"]["accuracy"])
+
+
+def test_only_finished_runs_of_the_plan_are_kept_and_nothing_of_the_machine(tmp_path: Path) -> None:
+    source, target = tmp_path / "runs", tmp_path / "kept"
+    resnet, plainnet = (next(KEPT.glob(f"{model}20-*")).name for model in NAMES)
+    for name, changes in {
+        resnet: {"nonce": "0a"},
+        plainnet: {"state": "interrupted"},
+        "foreign-run": {},
+    }.items():
+        shutil.copytree(KEPT / resnet, source / name)
+        config, record = raw(source / name)
+        config["settings"]["output"] = "/somewhere/private"
+        (source / name / "config.json").write_text(json.dumps(config))
+        (source / name / "record.json").write_text(json.dumps(record | changes))
+
+    assert keep_results.keep(str(source), target) == [resnet]
+    assert [folder.name for folder in target.iterdir()] == [resnet]
+    config, record = raw(target / resnet)
+    assert config["settings"] == {"epochs": 10}
+    assert record["commits"] == []
+    assert record["history"] == raw(KEPT / resnet)[1]["history"]
+
+
+# --- what the README says
+
+
+def test_the_readme_says_what_the_kept_runs_say() -> None:
+    """After a change of either: make keep-results EXPERIMENT=folder."""
+    runs, plan = keep_results.kept_runs(), keep_results.plan()
+    assert keep_results.with_texts(README, runs, plan) == README
+
+
+def test_the_table_has_the_numbers_of_the_records() -> None:
+    rows = {(row["Model"], row["Layers"], row["Seed"]): row for row in table(chapter("The experiment"))}
+    assert len(rows) == len(kept())
+    for config, record in kept():
+        result = record["result"]
+        row = rows[NAMES[result["model"]], str(result["layers"]), str(config["identity"]["seed"])]
+        assert row["Test accuracy"] == f"{100 * result['validation']['accuracy']:.2f}%"
+        assert row["Test accuracy"] == f"{100 * record['history'][-1]['validation']['accuracy']:.2f}%"
+        assert row["Training accuracy"] == f"{100 * result['train']['accuracy']:.2f}%"
+        assert row["Epochs"] == str(len(record["history"]))
+        assert row["Images/s"] == f"{result['images_per_second']:.0f}"
+
+
+def test_every_pair_is_in_the_differences() -> None:
+    """The mean difference of each depth, computed here from the records alone."""
+    text = " ".join(chapter("The experiment").split())
+    accuracies: dict[int, dict[str, dict[int, float]]] = {}
+    for config, record in kept():
+        result = record["result"]
+        models = accuracies.setdefault(result["layers"], {model: {} for model in NAMES})
+        models[result["model"]][config["identity"]["seed"]] = 100 * result["validation"]["accuracy"]
+    assert accuracies
+    for layers, models in accuracies.items():
+        seeds = models["resnet"].keys() & models["plainnet"].keys()
+        if seeds:
+            mean = statistics.fmean(models["resnet"][seed] - models["plainnet"][seed] for seed in seeds)
+            shown = re.search(rf"{layers} layers, \d+ filters: ([+-]\d+\.\d\d) points(.*?)\.", text)
+            assert shown
+            assert shown[1] == f"{mean:+.2f}"
+            assert ("from one pair" in shown[0]) == (len(seeds) == 1)
+
+
+def test_the_figure_shows_the_kept_runs() -> None:
+    with Image.open(FIGURE) as picture:
+        assert picture.info["Description"] == keep_results.digest()
+
+
+def test_the_first_screen_shows_the_finding_and_its_figure() -> None:
+    first = "\n".join(README.splitlines()[:30])
+    assert "finding" in first
+    assert str(FIGURE.relative_to(ROOT)) in first
+
+
+@pytest.fixture
+def everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the plan is finished: each with the history of a kept run, a ResNet 1 to 3 points better."""
+    _, record = raw(next(KEPT.glob("resnet20-*")))
+    for run in keep_results.plan():
+        identity = run.settings.identity(precision="float32", data_sha256=DATA)
+        gain = 0.01 * (run.settings.seed + 1) * (identity.network.model == "resnet")
+        validation = record["result"]["validation"] | {"accuracy": 0.5 + gain}
+        history = record["history"][: run.settings.epochs]
+        result = record["result"] | {"validation": validation, "epochs": len(history)}
+        folder = tmp_path / "all" / run.name
+        folder.mkdir(parents=True)
+        config = {"format": FORMAT, "identity": identity.to_json(), "settings": {"epochs": len(history)}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "record.json").write_text(json.dumps(record | {"history": history, "result": result}))
+    monkeypatch.setattr(keep_results, "KEPT", tmp_path / "all")
+
+
+@pytest.mark.usefixtures("everything")
+def test_when_all_is_finished_the_finding_has_its_interval_and_nothing_is_missing() -> None:
+    runs, plan = keep_results.kept_runs(), keep_results.plan()
+    finding = " ".join(keep_results.finding(runs, plan).split())
+    text = " ".join(keep_results.chapter(runs, plan).split())
+
+    interval = "+2.00 points, 95 % confidence interval -0.48 to +4.48, n = 3 pairs (seeds 0, 1, 2)"
+    assert finding.startswith("**The finding.**")
+    assert finding.count(interval) == text.count(interval) == 2  # at 20 and at 56 layers
+    assert "30 layers, 64 filters: +1.00 points from one pair" in finding
+    assert "so far" not in finding.lower()
+    assert "Not finished yet" not in text
+    assert "Finished are 14." in text
+
+
+def test_what_is_not_finished_is_named() -> None:
+    runs, plan = keep_results.kept_runs(), keep_results.plan()
+    twenty = [run for run in runs if run.layers == 20 and run.identity.seed == 0]
+    text = " ".join(keep_results.chapter(twenty[:1], plan).split())
+
+    assert twenty[0].model == "resnet"
+    assert "20 layers for 10 epochs (ResNet, seeds 1, 2; PlainNet, seeds 0, 1, 2)" in text.partition("yet")[2]
+    assert "56 layers for 10 epochs (both networks, seeds 0, 1, 2)" in text.partition("yet")[2]

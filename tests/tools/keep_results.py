@@ -1,0 +1,255 @@
+"""Keep the experiment's finished runs in the repository, and say in the README what they show.
+
+`make keep-results EXPERIMENT=folder` calls it. What is kept of a run is what `python -m job compare` reads;
+the README's words come from that alone, and `tests/test_experiment.py` holds the two together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from job import cifar10, cli
+from job.checkpoints import Record, read_config, read_record
+from job.comparison import COLUMNS, pairings
+from job.config import FORMAT, Settings
+from job.figures import PANELS, curves_figure
+from job.storage import find_runs, open_store
+from job.summaries import NAMES, RunSummary, load_runs
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / ".github" / "experiment"
+FIGURE = ROOT / ".github" / "pictures" / "experiment.png"
+PROCESSOR = "Zen 3, 2.45 GHz"  # of all kept runs; a result names the rest
+SHOWN = {  # columns of the table, by those of `compare`
+    "model": "Model",
+    "layers": "Layers",
+    "seed": "Seed",
+    "epochs": "Epochs",
+    "validation": "Test accuracy",
+    "train": "Training accuracy",
+    "images/s": "Images/s",
+    "time": "Time",
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that `make experiment` trains."""
+
+    name: str
+    settings: Settings
+
+    @property
+    def layers(self) -> int:
+        """Its depth."""
+        return self.settings.network.layers
+
+
+def plan(*variables: str) -> list[Planned]:
+    """The runs of `make experiment`, in its order; their names are those of this project's float32 runs."""
+    command = ["make", "--dry-run", f"--old-file={sys.prefix}/.ready", f"VENV={sys.prefix}", "experiment"]
+    # The variables of the make that called this one are not the experiment's.
+    environment = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME")}
+    made = subprocess.run(
+        [*command, *variables], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    return [_planned(line) for line in made.stdout.splitlines() if "job train " in line]
+
+
+def _planned(line: str) -> Planned:
+    arguments = shlex.split(line.partition("job train ")[2])
+    settings = cli._settings(dict(cli.train.make_context("train", arguments).params))
+    data = cifar10.fingerprint(cifar10.OFFICIAL)
+    return Planned(settings.identity(precision="float32", data_sha256=data).default_name, settings)
+
+
+def keep(location: str, kept: Path = KEPT) -> list[str]:
+    """Copy what counts of the plan's finished runs at a location; their names."""
+    wanted = {run.name: run.settings.epochs for run in plan()}
+    names = []
+    for place in find_runs(location):
+        name = place.rstrip("/").rpartition("/")[2]
+        with closing(open_store(place)) as store:
+            config, record = read_config(store), read_record(store)
+        if config and record.state == "complete" and len(record.history) == wanted.get(name):
+            _write(kept / name, config, record)
+            names.append(name)
+    return names
+
+
+def _write(folder: Path, config: dict[str, Any], record: Record) -> None:
+    """No checkpoints, no folders of the machine; else what `compare` reads of any run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slim = {"format": FORMAT, "identity": config["identity"], "settings": {"epochs": len(record.history)}}
+    (folder / "config.json").write_text(json.dumps(slim, indent=1) + "\n")
+    (folder / "record.json").write_bytes(replace(record, commits=(), confusion=None).to_bytes())
+
+
+def kept_runs() -> list[RunSummary]:
+    """The runs in the repository, as `compare` sees them."""
+    return load_runs([str(KEPT)])[0]
+
+
+def digest() -> str:
+    """SHA-256 over all that is kept; the figure carries that of the runs that it shows."""
+    content = b"".join(path.read_bytes() for path in sorted(KEPT.rglob("*.json")))
+    return hashlib.sha256(content).hexdigest()
+
+
+def finding(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
+    """The README's first screen: what the experiment shows so far, and its figure."""
+    found = [pairing for pairing in pairings(runs) if pairing.seeds]
+    title = "The finding" if any(pairing.interval for pairing in found) else "No finding yet"
+    state = f" So far {len(runs)} of {len(planned)} runs are finished." * (len(runs) < len(planned))
+    text = (
+        f"**{title}.** ResNet minus PlainNet, trained on all 50,000 images, accuracy on the test set after "
+        f"the last epoch: {' '.join(map(str, found))}{state} More under [The experiment](#the-experiment)."
+    )
+    alternative = "Training and validation accuracy of both networks, epoch by epoch"
+    return f"{wrapped(text)}\n\n![{alternative}]({FIGURE.relative_to(ROOT)})"
+
+
+def chapter(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
+    """The README's chapter on the experiment."""
+    missing = [run for run in planned if run.name not in {done.name for done in runs}]
+    parts = [
+        "## The experiment",
+        wrapped(_question(len(runs), planned)),
+        _commands(),
+        _table(runs),
+        "ResNet minus PlainNet, accuracy on the test set after the last epoch, paired by seed:",
+        "\n".join(wrapped(f"- {pairing}", "  ") for pairing in pairings(runs)),
+        wrapped(_reservations(runs)),
+        wrapped(_conditions(runs)),
+        wrapped(f"Not finished yet, and in no number above: {_listed(missing)}.") if missing else "",
+        wrapped(
+            "On a cluster, `k8s/overlays/seeds` trains the seeds as the indices of an Indexed Job, and "
+            "`compare` reads the runs from their volume or bucket."
+        ),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _question(finished: int, planned: Sequence[Planned]) -> str:
+    return (
+        "Does the ResNet beat its twin without skip connections, and does it matter how deep they are? "
+        f"Planned are {len(planned)} runs on all 50,000 images with the article's recipe: "
+        f"{_listed(planned)}. Finished are {finished}."
+    )
+
+
+def _listed(runs: Sequence[Planned]) -> str:
+    """Runs by depth and model, as in "20 layers for 10 epochs (ResNet with seeds 0, 1)"."""
+    groups: dict[tuple[int, int], dict[str, list[str]]] = {}
+    for run in sorted(runs, key=lambda run: run.layers):
+        models = groups.setdefault((run.layers, run.settings.epochs), {})
+        models.setdefault(NAMES[run.settings.network.model], []).append(str(run.settings.seed))
+    return "; ".join(
+        f"{layers} layers for {epochs} epochs ({_seeds(models)})"
+        for (layers, epochs), models in groups.items()
+    )
+
+
+def _seeds(models: dict[str, list[str]]) -> str:
+    """Which seeds of which network; of both where they are the same."""
+    if len(models) == 2 and len(set(map(tuple, models.values()))) == 1:
+        models = {"both networks": next(iter(models.values()))}
+    texts = [
+        f"{name}, seed{'s' * (len(models[name]) > 1)} {', '.join(models[name])}"
+        for name in sorted(models)[::-1]
+    ]
+    return "; ".join(texts)
+
+
+def _commands() -> str:
+    return "\n".join(
+        [
+            "    make experiment                                           # what is missing; it resumes",
+            "    make experiment EXPERIMENT=runs/small EPOCHS=1 SEEDS=0    # the same, smaller",
+            "    .venv/bin/python -m job compare .github/experiment        # the finished runs, kept here",
+        ]
+    )
+
+
+def _table(runs: Sequence[RunSummary]) -> str:
+    cells = dict(COLUMNS)
+    lines = [list(SHOWN.values()), [":--", *["--:"] * (len(SHOWN) - 1)]]
+    lines += [[cells[column](run) for column in SHOWN] for run in runs]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _reservations(runs: Sequence[RunSummary]) -> str:
+    steps = [
+        abs(after.validation_accuracy - before.validation_accuracy)
+        for run in runs
+        for before, after in zip(run.history, run.history[1:], strict=False)
+        if before.number >= len(run.history) / 2
+    ]
+    return (
+        "What this does not show: from one epoch to the next, the test accuracy of these runs moves by up "
+        f"to {100 * max(steps, default=0):.1f} points in the second half of training, so a difference of "
+        "single runs says little; only several pairs, with their interval, do. And these are the first "
+        "epochs of Adam at a constant rate: He et al. compare networks after 64,000 steps with a schedule."
+    )
+
+
+def _conditions(runs: Sequence[RunSummary]) -> str:
+    results = [_result(run.name) for run in runs]
+    devices = ", ".join(dict.fromkeys(device for result in results for device in result["devices"]))
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {version}" for name, version in result["versions"].items()) for result in results
+    )
+    return (
+        f"Hardware: {devices} ({PROCESSOR}), shared with other work, so that times and images per second "
+        f"are no benchmark. Versions: {'; '.join(versions)}. Each run's history, result and confusion matrix "
+        "are in `.github/experiment`."
+    )
+
+
+def _result(name: str) -> dict[str, Any]:
+    with closing(open_store(str(KEPT / name))) as store:
+        return read_record(store).result or {}
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """Lines of the README's width."""
+    return textwrap.fill(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def with_texts(readme: str, runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
+    """The README with both texts in their places."""
+    places = {
+        ("<!-- finding -->", "<!-- end of finding -->"): finding(runs, planned),
+        ("<!-- section: experiment -->", "<!-- section: containers -->"): chapter(runs, planned),
+    }
+    for (start, end), text in places.items():
+        pattern = re.compile(f"(?<={re.escape(start)}\n).*?(?={re.escape(end)})", re.DOTALL)
+        readme, count = pattern.subn(lambda _, text=text: f"\n{text}\n\n", readme)  # type: ignore[misc]
+        assert count == 1, f"the README has {count} places for {start}"
+    return readme
+
+
+def main(location: str) -> None:
+    """Keep the finished runs, and renew figure and README."""
+    print("\n".join(["kept:", *keep(location)]))
+    runs = kept_runs()
+    figure = curves_figure(runs, [panel for panel in PANELS if panel[1].endswith("accuracy")])
+    figure.savefig(FIGURE, dpi=90, metadata={"Description": digest()})
+    path = ROOT / "README.md"
+    path.write_text(with_texts(path.read_text(encoding="utf-8"), runs, plan()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

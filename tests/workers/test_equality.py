@@ -1,0 +1,69 @@
+"""Workers against replicas of one process: the same bits, also after signals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from job.checkpoints import Record
+from tests.durability.outcome import Outcome
+from tests.workers.groups import Place, of_one_process
+
+pytestmark = pytest.mark.slow
+
+STEPS = 5  # of one epoch: 990 images in batches of 198, three times 66 each
+BY_THREE = (
+    *("--holdout", "10", "--batch-size", "198", "--epochs", "1"),
+    *("--commit-every", "1steps", "--keep", str(STEPS + 1)),
+)
+
+
+def test_two_workers_have_the_bits_of_two_replicas(place: Place, reference: Outcome) -> None:
+    assert place.alone("--replicas", "2").wait() == 0
+    place.check_same(of_one_process(reference, 2))
+
+
+def test_a_signal_to_any_worker_stops_all_at_one_step_and_the_group_continues(
+    place: Place, reference: Outcome
+) -> None:
+    for victim, calls, step in ((1, 4, 4), (0, 5, 9)):  # the second group goes on after step 4
+        group = place.start(2, stop={victim: {"point": "called", "count": calls}})
+        group.interrupt(victim)
+        assert group.wait() == [75, 75], group.text
+        record = place.record
+        assert record.state == "interrupted"
+        assert record.commits[0].progress.step == step
+        for job in group.jobs.values():
+            assert f"step {step} is committed" in job.text or job is group.jobs[1], group.text
+    place.finish(2)
+    place.check_same(reference)
+    assert place.record.attempt == 3
+
+
+def test_a_diverging_run_ends_all_workers_alike(place: Place) -> None:
+    group = place.start(2, "--learning-rate", "1e30")
+    assert group.wait() == [70, 70], group.text
+    assert place.record.state == "diverged"
+
+
+def test_three_workers_follow_three_replicas_within_1e_6_over_five_steps(
+    place_in: Callable[[str], Place], tmp_path: Path
+) -> None:
+    workers, replicas = (place_in(str(tmp_path / name)) for name in ("workers", "replicas"))
+    workers.finish(3, *BY_THREE)
+    assert replicas.alone("--replicas", "3", *BY_THREE).wait() == 0
+    np.testing.assert_allclose(steps(workers.record), steps(replicas.record), rtol=1e-6)
+    assert workers.record.result is not None
+    assert workers.record.result["replicas"] == workers.record.result["workers"] == 3
+    # A finished run needs no peers, and says so to any number of workers.
+    assert workers.start(2, *BY_THREE).wait() == [0, 0]
+
+
+def steps(record: Record) -> list[float]:
+    """Return the loss of each step: the differences of the sums that each commit has."""
+    sums = [commit.progress.loss_sum for commit in reversed(record.commits) if commit.progress.batch]
+    assert len(sums) == STEPS
+    return [float(loss) for loss in np.diff([0.0, *sums])]
