@@ -64,7 +64,7 @@ def test_the_plan_can_be_smaller() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # seconds; a busy machine starts eight processes slowly
 def test_make_experiment_trains_what_is_missing_and_the_second_time_nothing(tmp_path: Path) -> None:
     """The twins stand in for the article's, too, so that the first time already finds two of four done."""
     arguments = ["experiment", f"--old-file={sys.prefix}/.ready", f"VENV={sys.prefix}", "DATA=sample"]

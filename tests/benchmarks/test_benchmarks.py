@@ -202,6 +202,7 @@ def test_only_names_contenders() -> None:
     assert "not jax; they are: keras, " in result.output
 
 
+@pytest.mark.timeout(900)  # seconds: two contenders that import TensorFlow, on a machine that may be busy
 def test_it_measures_and_its_table_holds_the_numbers_of_its_json(tmp_path: Path) -> None:
     """Really, in processes: one turn of a tiny network."""
     options = ["--workload", "1,1/8/8", "--turns", "1", "--seconds", "0.1", "--images", "80"]
