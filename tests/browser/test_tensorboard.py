@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
@@ -14,6 +16,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]  # seconds; a busy 
 
 SPLITS = ("train", "validation")
 
+expect.set_options(timeout=60_000)  # milliseconds
+
 
 def chart(page: Page, title: str) -> Locator:
     """One chart of the custom layout."""
@@ -21,27 +25,42 @@ def chart(page: Page, title: str) -> Locator:
     return card.filter(has=page.get_by_text(title, exact=True))
 
 
-def points(line: Locator) -> list[tuple[float, float]]:
-    """Corners of a drawn line, in pixels."""
-    corners = re.findall(r"([-\d.]+),([-\d.]+)", line.get_attribute("d") or "")
-    return [(float(x), float(y)) for x, y in corners]
+def settles(page: Page, read: Callable[[], Any], expected: Any, seconds: float = 60) -> None:
+    """Read the page until it shows what is expected: what is there may still be laid out and drawn."""
+    end = time.monotonic() + seconds
+    found = attempt(read)
+    while found != expected and time.monotonic() < end:
+        page.wait_for_timeout(200)
+        found = attempt(read)
+    assert found == expected
 
 
-def drawn(card: Locator, count: int) -> list[list[tuple[float, float]]]:
-    """All visible lines of a chart, once there are ``count`` of them."""
-    lines = card.locator("path.line[stroke]")
-    expect(lines).to_have_count(count)
-    return [points(line) for line in lines.all()]
+def attempt(read: Callable[[], Any]) -> Any:
+    """What is read, or why the page is not ready to be read."""
+    try:
+        return read()
+    except (IndexError, KeyError, ValueError) as error:
+        return error
+
+
+def drawn(card: Locator) -> list[list[tuple[float, float]]]:
+    """The corners of each visible line of a chart, in pixels."""
+    paths = card.locator("path.line[stroke]").evaluate_all(
+        "lines => lines.map(line => line.getAttribute('d'))"
+    )
+    return [[(float(x), float(y)) for x, y in re.findall(r"([-\d.]+),([-\d.]+)", path)] for path in paths]
 
 
 def values_under_pointer(page: Page, card: Locator) -> dict[str, float]:
     """Name of each curve and its value at the last epoch, from the tooltip."""
     box = card.locator("vz-line-chart2").bounding_box()
     assert box is not None
-    page.mouse.move(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
-    rows = page.locator("vz-line-chart-tooltip tbody tr:visible")
-    expect(rows.first).to_be_visible()
-    cells = [row.locator("td").all_inner_texts() for row in rows.all()]
+    for right in (box["width"] / 2, 4):  # pixels from the right edge; the tooltip follows a movement
+        page.mouse.move(box["x"] + box["width"] - right, box["y"] + box["height"] / 2)
+    cells = page.locator("vz-line-chart-tooltip tbody tr").evaluate_all(
+        """rows => rows.filter(row => row.getBoundingClientRect().height)
+            .map(row => [...row.cells].map(cell => cell.textContent))"""
+    )
     return {name: float(value) for _, name, _, value, *_ in cells}
 
 
@@ -55,28 +74,31 @@ def test_it_opens_on_one_chart_with_the_curves_of_both_networks(
     epochs = len(runs[0].accuracies("train"))
 
     for title, count in (("Accuracy", curves), ("Loss", curves), ("Images per second", len(runs))):
-        lines = drawn(chart(page, title), count)
-        assert [len(line) for line in lines] == [epochs] * count, title
-        assert len({tuple(line) for line in lines}) == count, title  # none hides another
+        card = chart(page, title)
+        settles(page, lambda card=card: [len(line) for line in drawn(card)], [epochs] * count)
+        # None hides another.
+        settles(page, lambda card=card: len({tuple(line) for line in drawn(card)}), count)
 
-    shown = values_under_pointer(page, accuracy)
     expected = {
         f"epoch_accuracy ({run.name}/{split})": run.accuracies(split)[-1] for run in runs for split in SPLITS
     }
-    assert shown == pytest.approx(expected, abs=0.0006)  # three digits are shown
-    for model in MODELS:
-        assert sum(f"({model}" in name for name in shown) == len(SEEDS) * len(SPLITS)
+    assert all(sum(f"({model}" in name for name in expected) == 2 * len(SEEDS) for model in MODELS)
+    three_digits = pytest.approx(expected, abs=0.0006)
+    settles(page, lambda: values_under_pointer(page, accuracy), three_digits)
 
 
 def test_the_lines_rise_where_the_accuracy_does(page: Page, address: str, runs: Sequence[Run]) -> None:
     """A line's height follows its values, so what is drawn is the accuracy and not its smoothed shadow."""
     page.goto(address)
-    lines = drawn(chart(page, "Accuracy"), len(runs) * len(SPLITS))
-    rises = sorted(line[0][1] - line[-1][1] for line in lines)  # pixels; y grows downward
     gains = sorted(run.accuracies(split)[-1] - run.accuracies(split)[0] for run in runs for split in SPLITS)
-    scale = rises[-1] / gains[-1]
-    assert scale > 0
-    assert rises == pytest.approx([gain * scale for gain in gains], abs=1)
+    card = chart(page, "Accuracy")
+
+    def rises() -> list[float]:
+        """From a line's first to its last corner, relative to the steepest; y grows downward."""
+        pixels = sorted(line[0][1] - line[-1][1] for line in drawn(card))
+        return [rise / abs(pixels[-1]) for rise in pixels]
+
+    settles(page, rises, pytest.approx([gain / gains[-1] for gain in gains], abs=0.01))
 
 
 def rows(page: Page) -> list[dict[str, str]]:
@@ -102,16 +124,14 @@ def test_the_hyperparameter_table_has_a_row_for_every_run(
     page.goto(address.partition("#")[0] + "#hparams")
     expect(page.locator("vaadin-grid-cell-content").get_by_text(runs[-1].name)).to_be_visible()
 
-    shown = [
-        (
-            row["Trial ID"],
-            row["model"],
-            float(row["seed"]),
-            *(float(row[f"{split}.epoch_accuracy"]) for split in SPLITS),
-        )
-        for row in rows(page)
-    ]
-    assert shown == [
+    def shown() -> list[tuple[str, str, float, float, float]]:
+        numbers = ("seed", *(f"{split}.epoch_accuracy" for split in SPLITS))
+        return [
+            (row["Trial ID"], row["model"], *(float(row[title]) for title in numbers))  # type: ignore[misc]
+            for row in rows(page)
+        ]
+
+    expected = [
         (
             run.name,
             run.identity["model"],
@@ -120,6 +140,7 @@ def test_the_hyperparameter_table_has_a_row_for_every_run(
         )
         for run in runs
     ]
+    settles(page, shown, expected)
 
 
 def test_sample_grids_and_confusion_matrices_are_shown(page: Page, address: str, runs: Sequence[Run]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.durability.conftest import Place
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
 SHAPE = ("--blocks", "3,3,3", "--filters", "16")
 STEPS_OF_AN_EPOCH = 391  # of 128 of all 50,000 images
