@@ -181,8 +181,8 @@ test: $(READY) ## the fast tests, without a network (a few minutes) [ARGS="-k na
 
 test-slow: $(READY) ## the slow tests, and those that download
 	$(PYTEST) $(TOGETHER) -m "(slow or network) and not (container or browser or alone)" $(ARGS)
-	@cat build/signal-times.txt
-	$(PYTEST) -m alone
+	@test ! -f build/signal-times.txt || cat build/signal-times.txt
+	$(if $(ARGS),,$(PYTEST) -m alone)
 
 test-browser: $(READY) ## TensorBoard in a real browser; screenshots go to build/screenshots
 	tests/browser/prepare
