@@ -62,7 +62,7 @@ from job.cli import cli
 for command in {commands}:
     cli.main([*command, *{TINY}, "--output", {str(output)!r}], standalone_mode=False)
 """
-    output = Path("/tmp/bt/one")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     found = [Run(folder) for folder in sorted(output.iterdir()) if (folder / "result.json").exists()]
     assert len(found) == len(commands)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from tests.browser.conftest import MODELS, SEEDS, Run
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]  # seconds; a busy machine trains slowly
 
 SPLITS = ("train", "validation")
+
+Line = list[tuple[float, float]]
 
 expect.set_options(timeout=60_000)  # milliseconds
 
@@ -43,12 +46,20 @@ def attempt(read: Callable[[], Any]) -> Any:
         return error
 
 
-def drawn(card: Locator) -> list[list[tuple[float, float]]]:
+def drawn(card: Locator) -> list[Line]:
     """The corners of each visible line of a chart, in pixels."""
     paths = card.locator("path.line[stroke]").evaluate_all(
         "lines => lines.map(line => line.getAttribute('d'))"
     )
     return [[(float(x), float(y)) for x, y in re.findall(r"([-\d.]+),([-\d.]+)", path)] for path in paths]
+
+
+def lengths(lines: Callable[[], list[Line]]) -> list[int]:
+    return [len(line) for line in lines()]
+
+
+def distinct(lines: Callable[[], list[Line]]) -> int:
+    return len(set(map(tuple, lines())))
 
 
 def values_under_pointer(page: Page, card: Locator) -> dict[str, float]:
@@ -74,10 +85,9 @@ def test_it_opens_on_one_chart_with_the_curves_of_both_networks(
     epochs = len(runs[0].accuracies("train"))
 
     for title, count in (("Accuracy", curves), ("Loss", curves), ("Images per second", len(runs))):
-        card = chart(page, title)
-        settles(page, lambda card=card: [len(line) for line in drawn(card)], [epochs] * count)
-        # None hides another.
-        settles(page, lambda card=card: len({tuple(line) for line in drawn(card)}), count)
+        lines = partial(drawn, chart(page, title))
+        settles(page, partial(lengths, lines), [epochs] * count)
+        settles(page, partial(distinct, lines), count)  # none hides another
 
     expected = {
         f"epoch_accuracy ({run.name}/{split})": run.accuracies(split)[-1] for run in runs for split in SPLITS
