@@ -472,7 +472,14 @@ def start(author: Server, files: cifar10.Files, to: Path, errors: Path) -> subpr
     table = [(file.name, file.size, file.sha256) for file in files]
     arguments = json.dumps([archive.url, archive.size, archive.sha256, table, str(to)])
     with errors.open("wb") as stream:
-        return subprocess.Popen([sys.executable, "-c", PROCESS, arguments], cwd=ROOT, stderr=stream)
+        return subprocess.Popen(
+            [sys.executable, "-c", PROCESS, arguments], cwd=ROOT, stderr=stream, preexec_fn=hear_interrupts
+        )
+
+
+def hear_interrupts() -> None:
+    """A shell that starts tests in the background has them ignore Ctrl-C, and so their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
