@@ -108,13 +108,3 @@ class Life:
         assert (codes[self.victim], codes[self.other]) == (KILLED, LOST), f"{self.name}: {self.group.text}"
         assert f"worker {self.other} lost a peer" in other.text
         assert seconds < LOST_SECONDS, self.name
-
-
-def test_two_survivors_of_three_end_too(place: Place) -> None:
-    options = ("--holdout", "10", "--batch-size", "198")  # divides by three
-    group = place.start(3, *options, stop={1: {"point": "call", "count": 3}})
-    group.jobs[1].wait_until_stopped()
-    group.jobs[1].kill()
-    started = time.monotonic()
-    assert group.wait() == [LOST, KILLED, LOST], group.text
-    assert time.monotonic() - started < LOST_SECONDS
