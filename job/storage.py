@@ -327,6 +327,7 @@ class Spool:
             if self._folder is None or not self._folder.is_dir():
                 make_folders(self.parent)
                 with locked(self._lock, self._new_budget()):
+                    make_folders(self.parent)  # another process may just have removed it, being the last
                     self._sweep()
                     self._folder = self._open()
             return self._folder

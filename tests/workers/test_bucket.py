@@ -10,7 +10,7 @@ import pytest
 from tests.durability.outcome import Outcome
 from tests.workers.groups import Place
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 def test_a_run_in_a_bucket_survives_a_signal_and_the_death_of_its_chief(

@@ -12,7 +12,7 @@ from job.checkpoints import Record
 from tests.durability.outcome import Outcome
 from tests.workers.groups import Place, of_one_process
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 STEPS = 5  # of one epoch: 990 images in batches of 198, three times 66 each
 BY_THREE = (

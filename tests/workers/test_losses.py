@@ -15,7 +15,7 @@ from tests.durability.jobs import Job
 from tests.durability.outcome import Outcome
 from tests.workers.groups import Place
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 KILLED, LOST = -signal.SIGKILL, 69
 LOST_SECONDS = 30.0  # within which all others must have ended
@@ -24,30 +24,29 @@ CHIEF, WORKER = 0, 1
 
 @dataclass(frozen=True)
 class Death:
-    """Where the victim is when it is killed, and the other one, if that matters: points of the driver."""
+    """Where the victim, the other one or both are then: a point of the driver, and the how-manieth time."""
 
-    point: str
-    count: int = 1
-    other_at: str | None = None
+    victim_at: tuple[str, int] | None = None
+    other_at: tuple[str, int] | None = None
 
 
 # Each is a life of the same run, of 2 epochs of 8 steps with a commit every 3; the next life goes on from the
 # last commit. The chief's run and the worker's go side by side, because some losses are only noticed by the
 # heartbeat that does not come.
 DEATHS_OF_CHIEF = {
-    "meeting": Death("looked", other_at="met"),
-    "before the first step": Death("call"),
-    "half-written checkpoint": Death("half written"),
-    "before the swap": Death("swap", 2),  # the first one is the claim
-    "mid-epoch": Death("call", 5),
-    "evaluation": Death("predicted"),
+    "meeting": Death(("looked", 1), other_at=("met", 1)),
+    "before the first step": Death(("call", 1)),
+    "half-written checkpoint": Death(("half written", 1)),
+    "before the swap": Death(("swap", 2)),  # the first one is the claim
+    "mid-epoch": Death(("call", 5)),
+    "evaluation": Death(("predicted", 1)),
 }
 DEATHS_OF_WORKER = {
-    "meeting": Death("looked", other_at="met"),
-    "before the first step": Death("call"),
-    "the chief's commit": Death("called", 3, other_at="swap"),
-    "evaluation": Death("predict"),
-    "mid-epoch": Death("call", 5),
+    "meeting": Death(("looked", 1), other_at=("met", 1)),
+    "before the first step": Death(("call", 1)),
+    "the chief's commit": Death(other_at=("swap", 2)),
+    "evaluation": Death(("predict", 1)),
+    "mid-epoch": Death(("call", 5)),
 }
 
 
@@ -59,15 +58,21 @@ def test_runs_whose_workers_are_killed_again_and_again_end_with_the_same_bits(
         lives = [
             Life(places[victim], victim, *named) for victim, named in zip(places, pair, strict=True) if named
         ]
+        while not all([life.has_ended() for life in lives]):
+            time.sleep(0.01)
         for life in lives:
-            life.reach_its_end()
-        for life in lives:
-            life.check_its_end()
+            life.check()
     for place in places.values():
         group = place.start(2)
         assert group.wait() == [0, 0], group.text
         assert "continuing from step" in group.jobs[0].text
         place.check_same(reference)
+
+
+def has_stopped(job: Job) -> bool:
+    state = job.state()
+    assert state not in ("", "Z"), f"the process never reached its point:\n{job.text}"
+    return state == "T"
 
 
 def seconds_without_a_core(job: Job) -> float:
@@ -80,31 +85,36 @@ class Life:
 
     def __init__(self, place: Place, victim: int, name: str, death: Death) -> None:
         self.victim, self.other = victim, 1 - victim
-        self.name, self.death = name, death
-        stop = {victim: {"point": death.point, "count": death.count}}
-        if death.other_at:
-            stop[self.other] = {"point": death.other_at, "count": 2 if death.other_at == "swap" else 1}
+        self.name = name
+        stops = {victim: death.victim_at, self.other: death.other_at}
+        self.points = {index: point for index, point in stops.items() if point}
+        stop = {index: {"point": name, "count": count} for index, (name, count) in self.points.items()}
         self.group = place.start(2, stop=stop)
+        self.killed: float | None = None  # time.monotonic()
+        self.seconds: float | None = None  # from then until the other one has ended
 
-    def reach_its_end(self) -> None:
-        self.group.jobs[self.victim].wait_until_stopped()
-        if self.death.other_at:
-            self.group.jobs[self.other].wait_until_stopped()
+    def has_ended(self) -> bool:
+        """Kill the victim once both are where they must be, and look whether the other one has noticed."""
+        if self.killed is None:
+            if all(has_stopped(self.group.jobs[index]) for index in self.points):
+                self.kill()
+        elif self.seconds is None and self.group.jobs[self.other].state() == "Z":
+            # The first step is being compiled, perhaps.
+            starved = seconds_without_a_core(self.group.jobs[self.other]) - self.starved
+            self.seconds = time.monotonic() - self.killed - starved
+        return self.seconds is not None
+
+    def kill(self) -> None:
         other = self.group.jobs[self.other]
         self.starved = seconds_without_a_core(other)
         self.group.jobs[self.victim].kill()
         self.killed = time.monotonic()
         other.send(signal.SIGCONT)
 
-    def check_its_end(self) -> None:
-        other = self.group.jobs[self.other]
-        while other.state() != "Z":  # then nobody has asked for its exit code yet
-            time.sleep(0.01)
-        # The first step is being compiled, perhaps.
-        starved = seconds_without_a_core(other) - self.starved
-        seconds = time.monotonic() - self.killed - starved
+    def check(self) -> None:
         codes = self.group.wait()
-        print(f"worker {self.victim} killed, {self.name}: the other ended after {seconds:.1f} s")
+        print(f"worker {self.victim} killed, {self.name}: the other ended after {self.seconds:.1f} s")
         assert (codes[self.victim], codes[self.other]) == (KILLED, LOST), f"{self.name}: {self.group.text}"
-        assert f"worker {self.other} lost a peer" in other.text
-        assert seconds < LOST_SECONDS, self.name
+        assert f"worker {self.other} lost a peer" in self.group.jobs[self.other].text
+        assert self.seconds is not None
+        assert self.seconds < LOST_SECONDS, self.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from tests.durability.jobs import Job
 from tests.durability.outcome import Outcome
 from tests.workers.groups import STEP_BY_STEP, TRAINING, Place
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 PORT = 2222
 HOSTS = "worker-{index}.train"  # as pods of a headless Service are named
@@ -50,10 +51,19 @@ def machines() -> Iterator[list[Machine]]:
         pytest.skip("needs root and iproute2 (apt-get install iproute2) to make network namespaces")
     with contextlib.ExitStack() as stack:
         try:
+            remove_leftovers()
             made = build(f"job{os.getpid()}", stack)
         except subprocess.CalledProcessError as error:
             pytest.skip(f"needs the privilege to make network namespaces: {error.stderr.strip()}")
         yield made
+
+
+def remove_leftovers() -> None:
+    """Take down what a killed test process of this file has left."""
+    for found in re.finditer(r"^job(\d+)-\w+", subprocess.getoutput("ip netns list"), re.MULTILINE):
+        if not Path("/proc", found[1]).exists():
+            ip("netns", "delete", found[0])
+            shutil.rmtree(Path("/etc/netns", found[0]), ignore_errors=True)
 
 
 def build(tag: str, stack: contextlib.ExitStack) -> list[Machine]:

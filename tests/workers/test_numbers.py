@@ -11,7 +11,7 @@ import pytest
 
 from tests.workers.groups import Group, Place, counted, losses
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 BATCH, STEPS, HOLDOUT = 198, 5, 10  # of an epoch of 990 images, which three, two and one divide
 OPTIONS = ("--holdout", str(HOLDOUT), "--batch-size", str(BATCH))
