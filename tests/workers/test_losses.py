@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -53,20 +52,34 @@ DEATHS_OF_WORKER = {
 def test_runs_whose_workers_are_killed_again_and_again_end_with_the_same_bits(
     place_in: Callable[[str], Place], tmp_path: Path, reference: Outcome
 ) -> None:
-    places = {victim: place_in(str(tmp_path / f"victim-{victim}")) for victim in (CHIEF, WORKER)}
-    for pair in zip_longest(DEATHS_OF_CHIEF.items(), DEATHS_OF_WORKER.items()):
-        lives = [
-            Life(places[victim], victim, *named) for victim, named in zip(places, pair, strict=True) if named
-        ]
-        while sum(life.has_ended() for life in lives) < len(lives):
-            time.sleep(0.01)
-        for life in lives:
-            life.check()
-    for place in places.values():
-        group = place.start(2)
-        assert group.wait() == [0, 0], group.text
-        assert "continuing from step" in group.jobs[0].text
-        place.check_same(reference)
+    chains = [
+        Chain(place_in(str(tmp_path / f"victim-{victim}")), victim, deaths)
+        for victim, deaths in ((CHIEF, DEATHS_OF_CHIEF), (WORKER, DEATHS_OF_WORKER))
+    ]
+    while [chain for chain in chains if not chain.has_ended()]:
+        time.sleep(0.01)
+    for chain in chains:
+        assert chain.last.wait() == [0, 0], chain.last.text
+        assert "continuing from step" in chain.last.jobs[0].text
+        chain.place.check_same(reference)
+
+
+class Chain:
+    """The lives of one run, one after the other, and an undisturbed one at last."""
+
+    def __init__(self, place: Place, victim: int, deaths: dict[str, Death]) -> None:
+        self.place = place
+        self.lives = (Life(place, victim, name, death) for name, death in deaths.items())
+        self.life = next(self.lives, None)
+
+    def has_ended(self) -> bool:
+        """Go one step further if it can be gone."""
+        if self.life is not None and self.life.has_ended():
+            self.life.check()
+            self.life = next(self.lives, None)
+            if self.life is None:
+                self.last = self.place.start(2)
+        return self.life is None
 
 
 def has_stopped(job: Job) -> bool:

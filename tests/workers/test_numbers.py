@@ -30,6 +30,7 @@ def test_a_run_goes_on_with_other_numbers_of_workers_and_replicas(
     place_in: Callable[[str], Place], tmp_path: Path
 ) -> None:
     place, undisturbed = (place_in(str(tmp_path / name)) for name in ("changing", "undisturbed"))
+    at_once = undisturbed.alone(*OPTIONS)
     late_third_of_three(place)
     step = interrupted_after(place, 2)
     group = place.start(2, *OPTIONS, stop={0: {"point": "called", "count": 2}})
@@ -43,7 +44,7 @@ def test_a_run_goes_on_with_other_numbers_of_workers_and_replicas(
     interrupted_after(place, step + 2)
     assert place.alone(*OPTIONS).wait() == 0
 
-    assert undisturbed.alone(*OPTIONS).wait() == 0
+    assert at_once.wait() == 0
     # Float rounding is all that differs, and Adam amplifies it.
     np.testing.assert_allclose(losses(place.record), losses(undisturbed.record), rtol=1e-3)
     check_every_image_counts_once(place)
