@@ -26,6 +26,9 @@ from job.portable import LOSS_SCALE_START, State, load_state, make_optimizer
 EVALUATION_BATCH = 250  # images a replica; fixed, so that an image's result does not depend on the replicas
 LOSS_SCALE_GROWTH = 2000  # finite steps in a row before the scale doubles
 
+# What is marked so branches on no tensor: AutoGraph would parse it for a second, and change nothing.
+plain_python = tf.autograph.experimental.do_not_convert
+
 
 @dataclass(frozen=True)
 class StepSums:
@@ -185,6 +188,7 @@ class Trainer:
     def _sum(self, per_replica: Any) -> tf.Tensor:
         return self._strategy.reduce(tf.distribute.ReduceOp.SUM, per_replica, axis=None)
 
+    @plain_python
     def _replica_gradients(
         self, images: tf.Tensor, labels: tf.Tensor, order: tf.Tensor, offsets: tf.Tensor, flips: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
@@ -239,6 +243,7 @@ class Trainer:
             self._loss_scale.assign(tf.maximum(self._loss_scale / 2.0, 1.0))
             self._finite_steps.assign(0)
 
+    @plain_python
     def _replica_update(self, gradients: list[tf.Tensor]) -> None:
         if self._float16:
             gradients = [gradient / self._loss_scale for gradient in gradients]
@@ -277,6 +282,7 @@ class Trainer:
             predicted = predicted.write(step, self._strategy.gather(classes, axis=0))
         return losses.concat(), predicted.concat()
 
+    @plain_python
     def _replica_predictions(
         self, images: tf.Tensor, labels: tf.Tensor, positions: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
