@@ -20,7 +20,7 @@ from job.batches import EpochPlan
 from job.cifar10 import Split
 from job.cluster import Cluster
 from job.config import CLASS_COUNT, IMAGE_SIZE, Identity
-from job.normalization import BatchNormalization
+from job.normalization import COMPOSED, FUSED, BatchNormalization
 from job.portable import LOSS_SCALE_START, State, load_state, make_optimizer
 
 EVALUATION_BATCH = 250  # images a replica; fixed, so that an image's result does not depend on the replicas
@@ -94,7 +94,11 @@ class Trainer:
             self.network = networks.build(
                 identity.network,
                 precision=identity.precision,
-                normalization=partial(BatchNormalization, synchronized=synchronized),
+                normalization=partial(
+                    BatchNormalization,
+                    synchronized=synchronized,
+                    kernels=COMPOSED if xla or cluster.on_gpu else FUSED,
+                ),
             )
             self.optimizer = make_optimizer(identity.recipe)
             self.optimizer.build(self.network.trainable_variables)

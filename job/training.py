@@ -66,7 +66,8 @@ def train(settings: Settings, interruption: Interruption, reporter: Reporter) ->
     dataset = cifar10.load(cifar10.locate(settings.data))
     splits = Splits.of(dataset, settings.holdout)
     identity = settings.identity(
-        precision=hardware.resolve_precision(settings.precision), data_sha256=dataset.sha256
+        precision=hardware.resolve_precision(settings.precision, filters=settings.network.filters),
+        data_sha256=dataset.sha256,
     )
     location = storage.join(settings.output, settings.name or identity.default_name)
     with closing(storage.open_store(location)) as store:

@@ -10,7 +10,7 @@ import pytest
 
 from job.startup import set_environment
 
-set_environment()
+set_environment(filters=16)
 for name in [name for name in os.environ if name.startswith("JOB_")]:
     del os.environ[name]
 

@@ -16,7 +16,7 @@ from job.trainer import Trainer
 
 DEVICES = 4
 _bases = itertools.count(1)
-TINY = Network(blocks=(1, 1), filters=8)
+TINY = Network(blocks=(1, 1), filters=16)
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * DEVICES

@@ -39,7 +39,8 @@ class Work:
             sync_batch_norm=options.sync_batch_norm,
         )
         identity = settings.identity(
-            precision=cluster.resolve_precision(settings.precision), data_sha256="0" * 64
+            precision=cluster.resolve_precision(settings.precision, filters=network.filters),
+            data_sha256="0" * 64,
         )
         self.cluster = cluster.connect(settings)
         self.tf, self._training = tf, training
