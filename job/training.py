@@ -418,6 +418,8 @@ class Attempt:
             if not self._all_is_committed():
                 self._commit(state="interrupted")
             self._run.wait()
+            if self._cluster.is_chief and self._run.record.state == "running":
+                self._run.swap(state="interrupted")
         except StorageFailed as error:
             return f", what came after could not be saved ({error})"
         return ""

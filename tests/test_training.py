@@ -140,6 +140,13 @@ def test_interrupted_anywhere_it_ends_with_the_bits_of_an_undisturbed_run(
     assert record_of("runs/run").attempt == 2
 
 
+def test_a_signal_that_finds_everything_committed_is_recorded(monkeypatch: Any) -> None:
+    monkeypatch.setattr(training, "CALL_SECONDS", 1e-9)  # one step a call
+    with pytest.raises(Interrupted, match="step 3 is committed"):
+        train(replace(SETTINGS, commit_every=Cadence.parse("1steps")), Signal(3))
+    assert record_of("runs/run").state == "interrupted"
+
+
 def test_the_length_of_calls_and_the_cadence_of_commits_change_no_bit(monkeypatch: Any) -> None:
     train(replace(SETTINGS, name="whole"))
     monkeypatch.setattr(training, "CALL_SECONDS", 1e-9)  # one step a call
