@@ -116,6 +116,7 @@ docker-run: ## train MODEL=resnet or MODEL=plainnet in a container [DATA= OUTPUT
 
 docker-tensorboard: ## show the runs of OUTPUT (a folder or gs://...) at localhost:6006 [PORT=]
 	@$(DOCKER) image inspect $(BOARD_IMAGE) > /dev/null 2>&1 || $(MAKE) --no-print-directory docker-build
+	@$(SAY_ADDRESS)
 	@$(AS_CALLER); $(call WITH_OUTPUT,:ro); $(WITH_CREDENTIALS); set -x; \
 	$(DOCKER) run "$$@" --publish 127.0.0.1:$(PORT):6006 $(DOCKER_ARGS) $(BOARD_IMAGE) \
 		--logdir $(if $(filter gs://%,$(OUTPUT)),$(OUTPUT),/runs) $(ARGS)
@@ -161,6 +162,7 @@ k8s-tensorboard: ## show the cluster's runs at localhost:6006, also when no trai
 		$(CLUSTER) patch deployment tensorboard --type=merge -p '{"spec":{"template":{"spec":{"affinity":null}}}}'; \
 	fi
 	$(CLUSTER) rollout status deployment/tensorboard --timeout=5m
+	@$(SAY_ADDRESS)
 	$(CLUSTER) port-forward service/tensorboard $(PORT):6006
 
 k8s-rerun: ## make the Jobs again, for changed settings; finished runs stay [OVERLAY= IMAGE=]
@@ -262,6 +264,11 @@ endef
 define TRAIN
 
 	JOB_DATA=$(DATA) $(JOB) train --output $(EXPERIMENT) --precision float32 --commit-every 5min $(1) $(ARGS)
+endef
+
+# TensorBoard itself names the address of its first page only, and in a container another port.
+define SAY_ADDRESS
+echo "Both networks in one chart, in a few seconds: http://localhost:$(PORT)/#custom_scalars&_smoothingWeight=0"
 endef
 
 define CHECK_MANIFESTS
