@@ -306,7 +306,8 @@ def resolve_precision(
 ) -> Precision:
     """Choose the fastest precision that the hardware computes natively, where "auto" leaves the choice.
 
-    On CPUs only oneDNN computes in bfloat16, where it is in use; without it, bfloat16 is 4 times slower.
+    On CPUs only oneDNN computes in bfloat16, where it is in use; without it, bfloat16
+    was 4 times slower than float32 (measured: 8 filters, AMD Zen 4).
     """
     if wanted != "auto":
         return wanted

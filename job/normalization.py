@@ -5,7 +5,7 @@ times faster on CPUs, but they add up to 131,072 float32 values in a row to find
 3e-4 (measured at [128, 32, 32, 16]). Here the kernels are given *folded* maps, [N, H, 1, W * C], whose
 columns are channels of their own. So they add N * H values in a row at most, the columns are added
 afterwards, and the variance is off by 3e-7. Folding copies nothing, and fills the processor's vectors also
-where there are 3 channels: 20 times as fast there.
+where there are 3 channels: 20 times as fast there (measured in bfloat16: AMD Zen 4, 2 cores).
 """
 
 from __future__ import annotations

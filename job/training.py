@@ -418,10 +418,18 @@ class Attempt:
             if not self._all_is_committed():
                 self._commit(state="interrupted")
             self._run.wait()
-            if self._cluster.is_chief and self._run.record.state == "running":
-                self._run.swap(state="interrupted")
         except StorageFailed as error:
             return f", what came after could not be saved ({error})"
+        if self._cluster.is_chief and self._run.record.state == "running":
+            return self._record_interruption()
+        return ""
+
+    def _record_interruption(self) -> str:
+        """Say in the record what its last commit could not know yet; without it no step is lost."""
+        try:
+            self._run.swap(state="interrupted")
+        except StorageFailed as error:
+            return f", but its record still says that it runs ({error})"
         return ""
 
     def _finish(self) -> dict[str, Any]:

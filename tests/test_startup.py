@@ -1,0 +1,50 @@
+"""Where oneDNN, and with it bfloat16, may be used."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from job import cluster, startup
+
+AVX2 = {"avx2", "fma"}
+AVX512 = {*AVX2, "avx512f"}
+BFLOAT16 = {*AVX512, "avx512_bf16"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "filters", "onednn"),
+    [(AVX2, 4, "0"), (AVX2, 8, "1"), (AVX2, 64, "1"), (AVX512, 8, "0"), (AVX512, 24, "0"), (AVX512, 16, "1")],
+)
+def test_onednn_is_used_where_channels_fill_its_vectors(
+    flags: Any, filters: Any, onednn: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(startup, "processor_flags", lambda: flags)
+    monkeypatch.setattr(os, "environ", {})
+    startup.set_environment(filters=filters)
+    assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == onednn
+
+
+def test_the_users_own_choice_stays(monkeypatch: Any) -> None:
+    monkeypatch.setattr(os, "environ", {"TF_ENABLE_ONEDNN_OPTS": "0"})
+    startup.set_environment(filters=64)
+    assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("flags", "filters", "precision"),
+    [
+        (AVX512, 16, "float32"),
+        (BFLOAT16, 16, "bfloat16"),
+        (BFLOAT16, 24, "float32"),
+        (BFLOAT16, 8, "float32"),
+    ],
+)
+def test_bfloat16_is_chosen_where_onednn_computes_it(
+    flags: Any, filters: Any, precision: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(startup, "processor_flags", lambda: flags)
+    assert cluster.resolve_precision("auto", filters=filters) == precision
+    assert cluster.resolve_precision("float16", filters=filters) == "float16"
