@@ -15,6 +15,7 @@ from job.batches import EpochPlan
 from job.cifar10 import Split
 from job.config import recipe_of
 from job.normalization import COMPOSED, FUSED, BatchNormalization, normalize
+from job.startup import processor_flags
 from job.trainer import DeviceSplit, Predictions, Trainer
 from tests.support import assert_same_state, cluster_of, identity_of, split_of, trainer_of
 
@@ -327,7 +328,9 @@ def test_normalization_is_as_accurate_as_its_numbers(precision: Any, kernels: An
     to_inputs = dy - dy.mean(pixels) - standardized * (dy * standardized).mean(pixels)
 
     assert off(mean, x.mean(pixels)) < 1e-6
-    assert off(variance, x.var(pixels)) < 2e-6
+    # Without AVX-512, oneDNN leaves bfloat16 to TensorFlow's kernels. Unfolded, both are off by more.
+    own = precision == "bfloat16" and kernels is FUSED and "avx512f" not in processor_flags()
+    assert off(variance, x.var(pixels)) < (1e-5 if own else 1e-6)
     assert off(gradients[1], to_gamma) < 1e-5
     assert off(gradients[2], to_beta) < 1e-5
     rounding = {"float32": 1e-6, "bfloat16": 2.0**-6}[precision]
