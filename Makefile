@@ -259,11 +259,10 @@ define NO_PYTHON
 } >&2
 endef
 
-# A run of the experiment as a line of its recipe: one that is finished says so, one that is not goes on. In
-# float32, which every machine has: runs of several machines belong together.
+# A run of the experiment as a line of its recipe: one that is finished says so, one that is not goes on.
 define TRAIN
 
-	JOB_DATA=$(DATA) $(JOB) train --output $(EXPERIMENT) --precision float32 --commit-every 5min $(1) $(ARGS)
+	JOB_DATA=$(DATA) $(JOB) train --output $(EXPERIMENT) --commit-every 5min $(1) $(ARGS)
 endef
 
 # TensorBoard itself names the address of its first page only, and in a container another port.

@@ -298,7 +298,8 @@ def _answers(address: str) -> bool:
 def cpu_name() -> str:
     """The processor's name and the cores this process may use."""
     name = startup.processor_line("model name") or "CPU"
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    cores = len(os.sched_getaffinity(0))
+    return f"{name}, {cores} core{'s' * (cores > 1)}"
 
 
 def resolve_precision(

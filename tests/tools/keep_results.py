@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from job import cifar10, cli
 from job.checkpoints import Record, read_config, read_record
@@ -31,7 +31,8 @@ from job.summaries import NAMES, RunSummary, load_runs
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / ".github" / "experiment"
 FIGURE = ROOT / ".github" / "pictures" / "experiment.png"
-PROCESSOR = "Zen 3, 2.45 GHz"  # of all kept runs; a result names the rest
+PROCESSOR = "Zen 4 at 2.6 GHz"  # of all kept runs; a result names the rest
+PRECISION: Final = "bfloat16"  # of all kept runs: what `auto` chooses on that processor
 SHOWN = {  # columns of the table, by those of `compare`
     "model": "Model",
     "layers": "Layers",
@@ -58,7 +59,7 @@ class Planned:
 
 
 def plan(*variables: str) -> list[Planned]:
-    """The runs of `make experiment`, in its order; their names are those of this project's float32 runs."""
+    """The runs of `make experiment`, in its order, with the names that they get in :data:`PRECISION`."""
     command = ["make", "--dry-run", f"--old-file={sys.prefix}/.ready", f"VENV={sys.prefix}", "experiment"]
     # The variables of the make that called this one are not the experiment's.
     environment = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME")}
@@ -72,7 +73,7 @@ def _planned(line: str) -> Planned:
     arguments = shlex.split(line.partition("job train ")[2])
     settings = cli._settings(dict(cli.train.make_context("train", arguments).params))
     data = cifar10.fingerprint(cifar10.OFFICIAL)
-    return Planned(settings.identity(precision="float32", data_sha256=data).default_name, settings)
+    return Planned(settings.identity(precision=PRECISION, data_sha256=data).default_name, settings)
 
 
 def keep(location: str, kept: Path = KEPT) -> list[str]:
