@@ -75,7 +75,7 @@ class Recipe:
     """How a network is trained; every value belongs to the run's identity."""
 
     name: str
-    optimizer: Literal["adam", "sgd"]
+    optimizer: Literal["adam", "sgd", "muon"]
     learning_rate: float
     momentum: float = 0.0
     nesterov: bool = False
@@ -114,16 +114,18 @@ RECIPES = {
         crop_padding=4,
         flip=True,
     ),
-    # Few epochs. Smith and Topin 2018, Super-Convergence: one cycle of a high rate; tuned on a hold-out.
+    # Few epochs: Jordan et al. 2024, Muon, in the one cycle of Smith and Topin 2018, Super-Convergence. Tuned
+    # on a hold-out, for the 20-layer network with 16 filters.
     "fast": Recipe(
         name="fast",
-        optimizer="sgd",
-        learning_rate=0.2,
-        momentum=0.9,
+        optimizer="muon",
+        learning_rate=0.1,
+        momentum=0.8,
         nesterov=True,
-        weight_decay=5e-4,
         schedule="triangle",
+        crop_padding=2,
         flip=True,
+        label_smoothing=0.1,
     ),
 }
 

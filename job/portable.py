@@ -34,7 +34,10 @@ class State:
 
 
 def make_optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
-    """The recipe's optimizer. Weight decay is the trainer's: Keras's argument is decoupled."""
+    """The recipe's optimizer, of Keras's own: for ``muon`` the SGD that has its variables.
+
+    Weight decay is the trainer's: Keras's argument is decoupled.
+    """
     if recipe.optimizer == "adam":
         return keras.optimizers.Adam(recipe.learning_rate)
     return keras.optimizers.SGD(recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)

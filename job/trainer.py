@@ -19,7 +19,8 @@ from job import networks
 from job.batches import EpochPlan
 from job.cifar10 import Split
 from job.cluster import Cluster
-from job.config import CLASS_COUNT, IMAGE_SIZE, Identity
+from job.config import CLASS_COUNT, IMAGE_SIZE, Identity, Recipe
+from job.muon import Muon
 from job.normalization import COMPOSED, FUSED, BatchNormalization
 from job.portable import LOSS_SCALE_START, State, load_state, make_optimizer
 
@@ -100,7 +101,7 @@ class Trainer:
                     kernels=COMPOSED if xla or cluster.on_gpu else FUSED,
                 ),
             )
-            self.optimizer = make_optimizer(identity.recipe)
+            self.optimizer = _make_optimizer(identity.recipe)
             self.optimizer.build(self.network.trainable_variables)
             self._loss_scale = tf.Variable(LOSS_SCALE_START, trainable=False)
             self._finite_steps = tf.Variable(0, trainable=False)
@@ -295,6 +296,11 @@ class Trainer:
         logits = tf.cast(self._logits(tf.cast(batch, tf.float32), training=False), tf.float32)
         loss = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.gather(labels, mine), logits)
         return loss, _predicted(logits)
+
+
+def _make_optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
+    plain = make_optimizer(recipe)
+    return Muon.from_config(plain.get_config()) if recipe.optimizer == "muon" else plain
 
 
 def _predicted(logits: tf.Tensor) -> tf.Tensor:

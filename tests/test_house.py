@@ -42,6 +42,7 @@ LAYERS = (
     "batches",
     "networks",
     "normalization",
+    "muon",
     "portable",
     "pictures",
     "diagram",

@@ -153,9 +153,10 @@ def test_no_bit_depends_on_how_steps_are_split_into_calls(split: Any) -> None:
     assert_same_state(trainer.state, reference.state)
 
 
-@pytest.mark.parametrize(("recipe", "decay", "nesterov"), [("he", 1e-4, False), ("fast", 5e-4, True)])
-def test_coupled_weight_decay_and_momentum_match_numpy_steps(recipe: Any, decay: Any, nesterov: Any) -> None:
-    trainer = trainer_of(identity_of(recipe=recipe))
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_coupled_weight_decay_and_momentum_match_numpy_steps(nesterov: Any) -> None:
+    identity = identity_of(recipe="he")
+    trainer = trainer_of(replace(identity, recipe=replace(identity.recipe, nesterov=nesterov)))
     gradients: list[list[np.ndarray]] = []
     inner = trainer._forward_backward
 
@@ -176,7 +177,7 @@ def test_coupled_weight_decay_and_momentum_match_numpy_steps(recipe: Any, decay:
     for step in range(3):
         steps(trainer, 1, first=step)
         for index, variable in enumerate(variables):
-            decayed = decay * weights[index] if variable.name == "kernel" else 0.0
+            decayed = 1e-4 * weights[index] if variable.name == "kernel" else 0.0
             descent = -RATE * (gradients[step][index] + decayed)
             velocity[index] = 0.9 * velocity[index] + descent
             weights[index] = weights[index] + (
@@ -260,9 +261,12 @@ def test_predictions_are_summed_in_float64_over_every_image() -> None:
     assert sum(map(sum, confusion)) == 3
 
 
+@pytest.mark.parametrize("recipe", ["article", "fast"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_saved_state_comes_back_bit_for_bit_and_opens_in_plain_keras(tmp_path: Any, precision: Any) -> None:
-    identity = identity_of(precision=precision)
+def test_a_saved_state_comes_back_bit_for_bit_and_opens_in_plain_keras(
+    tmp_path: Any, precision: Any, recipe: Any
+) -> None:
+    identity = identity_of(precision=precision, recipe=recipe)
     trainer = trainer_of(identity)
     steps(trainer, 2)
     state = trainer.state
@@ -272,6 +276,7 @@ def test_a_saved_state_comes_back_bit_for_bit_and_opens_in_plain_keras(tmp_path:
     assert_same_state(portable.State(loaded.weights, loaded.optimizer, state.loss_scale), state)
     model = keras.saving.load_model(tmp_path / "x.keras")
     assert {type(layer).__module__.split(".")[0] for layer in model.layers} == {"keras"}
+    assert type(model.optimizer) is {"article": keras.optimizers.Adam, "fast": keras.optimizers.SGD}[recipe]
     assert int(model.optimizer.iterations) == 2
     split = split_of(30)
     probabilities = model(split.images.astype(np.float32), training=False).numpy()
