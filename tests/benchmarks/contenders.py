@@ -159,22 +159,16 @@ def _job(machine: Machine, no_bfloat16: str | None) -> Iterator[Contender]:
         not_run="its default here" if no_bfloat16 else None,
     )
     lacking = "needs 2 GPUs" if len(machine.gpus) == 1 else None
-    two = ("--replicas", "2")
-    yield Contender("job-2-replicas", "this job, 2 replicas", "job_worker", two, not_run=lacking)
-    yield Contender(
-        "job-2-replicas-own-statistics",
-        "this job, 2 replicas, `--no-sync-batch-norm`",
-        "job_worker",
-        (*two, "--no-sync-batch-norm"),
-        not_run=lacking,
-    )
-    yield Contender(
-        "job-2-workers",
-        "this job, 2 workers",
-        "job_worker",
-        ("--workers", "2"),
-        not_run="needs a node of its own for each" if machine.gpus else None,
-    )
+    nodes = "needs a node of its own for each" if machine.gpus else None
+    yield from _two("replicas", "this job, 2 replicas", lacking)
+    yield from _two("workers", "this job, 2 workers on half the cores each", nodes)
+
+
+def _two(kind: str, label: str, not_run: str | None) -> Iterator[Contender]:
+    name, options = f"job-2-{kind}", (f"--{kind}", "2")
+    yield Contender(name, label, "job_worker", options, not_run=not_run)
+    own, label = "--no-sync-batch-norm", f"{label}, `--no-sync-batch-norm`"
+    yield Contender(f"{name}-own-statistics", label, "job_worker", (*options, own), not_run=not_run)
 
 
 def evaluators(everyone: list[Contender]) -> list[Contender]:

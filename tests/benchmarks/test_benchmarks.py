@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import contenders, report
+from tests.benchmarks import contenders, job_worker, report
 from tests.benchmarks.contenders import Contender, Machine, Workload
 from tests.benchmarks.harness import Player, clean_environment, play
 from tests.test_house import parse_lock
@@ -110,6 +111,16 @@ def test_without_pytorch_its_rows_say_how_to_get_it() -> None:
 def test_one_gpu_is_not_shared() -> None:
     assert not {"job-2-replicas", "job-2-workers"} & runnable(GPU)
     assert {"job-2-replicas", "job-2-workers"} <= runnable(CPU)
+
+
+@pytest.mark.parametrize(("index", "expected"), [(0, {0, 5}), (1, {2, 7})])
+def test_a_worker_has_half_of_the_cores(monkeypatch: pytest.MonkeyPatch, index: int, expected: Any) -> None:
+    cores = {7, 5, 0, 2}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, wanted: cores.intersection_update(wanted))
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"task": {"type": "worker", "index": index}}))
+    job_worker.take_half_of_the_cores()
+    assert cores == expected
 
 
 def test_only_the_reference_runs_without_a_choice_of_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +268,7 @@ def test_the_other_contenders_and_measures_work(tmp_path: Path) -> None:
     for row in (*values["training"], *values["evaluation"]):
         assert (row["speed"] is None) == (row["not_run"] is not None)
     measured = {row["name"] for row in values["training"] if row["speed"]}
-    assert {"keras", "keras-xla-off", "keras-xla-on", "job", "job-2-replicas"} <= measured
+    assert {"keras", "keras-xla-off", "keras-xla-on", "job", "job-2-replicas", "job-2-workers"} <= measured
     assert {row["name"] for row in values["evaluation"] if row["speed"]} >= {"keras", "job"}
     first = values["first_step"]
     assert all(0 < begins < done for begins, done in zip(first["begins"], first["is_done"], strict=True))
