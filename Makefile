@@ -14,12 +14,14 @@ PYTHON ?=
 # He et al.'s 20-layer shape and its plain twin: small batches, so that batch norm's moving statistics warm up
 DEMO_ARGS ?= --blocks 3,3,3 --filters 16 --epochs 10 --batch-size 20
 
-# The experiment: its runs, which shapes and seeds of them, and the options of the article's twins
+# The experiment: its runs, which shapes and seeds of them, the options of the article's twins
 EXPERIMENT ?= $(RUNS)/experiment
 SHAPES  ?= 3,3,3 9,9,9
 FILTERS ?= 16
 SEEDS   ?= 0 1 2
 ARTICLE ?= --blocks 2,5,5,2 --filters 64
+# of its computations: one for all machines, so that their runs belong together
+PRECISION ?= bfloat16
 TWINS    = $(foreach model,resnet plainnet,$(call TRAIN,--model $(model) $(1)))
 
 PYTHONS := $(or $(PYTHON),python3.12 python3.11 python3.13 python3)
@@ -98,7 +100,7 @@ tensorboard: $(READY) ## show the runs of RUNS in a browser, both networks in on
 	@TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/tensorboard --logdir $(RUNS) --port $(PORT) $(ARGS) 2>&1 | \
 		sed -u 's|\(http://[^ ]*/\) (Press|\1#custom_scalars\&_smoothingWeight=0 (Press|'
 
-experiment: $(READY) ## train what is missing of the paired experiment (many hours on two cores), and compare [EXPERIMENT= EPOCHS= SEEDS=]
+experiment: $(READY) ## train what is missing of the paired experiment (many hours on two cores), and compare [EXPERIMENT= EPOCHS= SEEDS= PRECISION=float32]
 	$(foreach seed,$(SEEDS),$(foreach blocks,$(SHAPES),$(call TWINS,--blocks $(blocks) --filters $(FILTERS) --seed $(seed) --epochs $(or $(EPOCHS),10))))
 	$(call TWINS,$(ARTICLE) --seed 0 --epochs $(or $(EPOCHS),3))
 	$(JOB) compare $(EXPERIMENT) --report $(EXPERIMENT)/report
@@ -262,7 +264,7 @@ endef
 # A run of the experiment as a line of its recipe: one that is finished says so, one that is not goes on.
 define TRAIN
 
-	JOB_DATA=$(DATA) $(JOB) train --output $(EXPERIMENT) --commit-every 5min $(1) $(ARGS)
+	JOB_DATA=$(DATA) $(JOB) train --output $(EXPERIMENT) --precision $(PRECISION) --commit-every 5min $(1) $(ARGS)
 endef
 
 # TensorBoard itself names the address of its first page only, and in a container another port.

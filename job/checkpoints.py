@@ -27,6 +27,7 @@ from job.storage import AlreadyExists, Conflict, Entry, NotFound, Store, crc32c,
 
 CONFIG, RECORD = "config.json", "record.json"
 MODEL, RESULT = "model.keras", "result.json"  # of a complete run
+STATES = ("running", "interrupted", "diverged", "complete")
 CHECKPOINT = re.compile(r"checkpoints/step-\d{10}-a(?P<attempt>\d{4,})-[0-9a-f]+\.keras")
 CLAIM_TRIES = 5  # claims that race each other; each loser sees the winner's record
 UPLOAD_TRIES = 3  # a name can be taken by an object that was corrupted on its way: each try has a new nonce
@@ -69,7 +70,8 @@ class Record:
     attempt: int = 0
     nonce: str = ""  # of the attempt: two attempts never write equal records
     revision: int = 0
-    state: str = "running"  # running, interrupted, diverged, complete
+    state: str = "running"  # one of STATES
+    epochs: int = 0  # that the newest attempt was asked for
     commits: tuple[Commit, ...] = ()  # newest first
     history: tuple[dict[str, Any], ...] = ()  # one entry an epoch
     confusion: list[list[int]] | None = None  # of the last validation
@@ -392,6 +394,7 @@ class Claim:
                 nonce=secrets.token_hex(8),
                 revision=before.revision + 1,
                 state="running",
+                epochs=self.settings.get("epochs", 0),
                 result=None,
             )
             try:

@@ -229,6 +229,8 @@ def compare(runs: tuple[str, ...], report: str | None) -> None:
     """Compare RUNS (folders or gs://...; a parent folder means all runs below it)."""
     from job import comparison
 
+    if report and "://" in report:
+        raise UsageError(f"--report must be a local folder, not {report!r}; example: --report report")
     summaries, skipped = comparison.load_runs(runs)
     click.echo(comparison.text_report(summaries, skipped))
     if report:

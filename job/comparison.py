@@ -16,8 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.fetching import disk_errors
 from job.figures import curves_figure, depth_figure, plots_extra
-from job.summaries import NAMES, RunSummary, Skipped, distinction, final_accuracy_of
+from job.summaries import (
+    NAMES,
+    RunSummary,
+    Skipped,
+    distinction,
+    final_accuracy_of,
+    size_of,
+    without_copies,
+)
 from job.summaries import load_runs as load_runs  # what is compared, for callers
 
 CONFIDENCE = 0.95
@@ -31,6 +40,12 @@ class Pairing:
     seeds: tuple[int, ...]
     differences: tuple[float, ...]  # in the order of the seeds
     unpaired: tuple[str, ...] = ()  # names of finished runs without a twin
+    layers: int = 0
+    family: Any = None  # what pairings that differ in depth alone share
+
+    def of_seed(self, seed: int) -> float:
+        """The difference of one pair."""
+        return self.differences[self.seeds.index(seed)]
 
     @property
     def mean(self) -> float:
@@ -39,9 +54,12 @@ class Pairing:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean by Student's t; None for fewer than two pairs."""
+        """95 % confidence interval of the mean by Student's t, which takes the differences as normal.
+
+        None where nothing shows how much they scatter: for fewer than two pairs, or when all are equal.
+        """
         count = len(self.differences)
-        if count < 2:
+        if count < 2 or math.isclose(min(self.differences), max(self.differences), abs_tol=1e-9):
             return None
         with plots_extra():
             from scipy import stats
@@ -58,13 +76,15 @@ class Pairing:
     def _finding(self) -> str:
         if not self.differences:
             return "no pairs: no seed was finished by both networks."
-        if self.interval is None:
+        if len(self.seeds) == 1:
             return f"{self.mean:+.2f} points from one pair (seed {self.seeds[0]}). One pair proves nothing."
+        pairs = f"n = {len(self.seeds)} pairs (seeds {', '.join(map(str, self.seeds))})"
+        if self.interval is None:
+            return f"{self.mean:+.2f} points in every pair, {pairs}. Equal differences give no interval."
         low, high = self.interval
         verdict = "includes" if low <= 0 <= high else "excludes"
         return (
-            f"{self.mean:+.2f} points, 95 % confidence interval {low:+.2f} to {high:+.2f}, "
-            f"n = {len(self.seeds)} pairs (seeds {', '.join(map(str, self.seeds))}). "
+            f"{self.mean:+.2f} points, 95 % confidence interval {low:+.2f} to {high:+.2f}, {pairs}. "
             f"The interval {verdict} zero."
         )
 
@@ -72,16 +92,34 @@ class Pairing:
 def pairings(runs: Iterable[RunSummary]) -> list[Pairing]:
     """Pair finished runs that agree in all but the skip connections; one entry per depth and setting."""
     groups: dict[Any, list[RunSummary]] = defaultdict(list)
-    for run in runs:
-        if run.complete and run.final_accuracy is not None:
+    for run in without_copies(runs):
+        if run.complete:
             groups[run.shape, run.conditions].append(run)
-    return [_pairing(_title(group[0], groups), group) for group in groups.values()]
+    return [_pairing(_title(group[0], groups.values()), group) for group in groups.values()]
+
+
+def growth(found: Iterable[Pairing]) -> list[Pairing]:
+    """By how much the difference grows from the shallowest to the deepest network, seed by seed.
+
+    The article's guess: "the difference should be bigger on deeper networks".
+    """
+    families: dict[Any, list[Pairing]] = defaultdict(list)
+    for pairing in found:
+        families[pairing.family].append(pairing)
+    grown = []
+    for members in families.values():
+        shallow, deep = (choose(members, key=lambda pairing: pairing.layers) for choose in (min, max))
+        seeds = [seed for seed in deep.seeds if seed in shallow.seeds]
+        one_of_each_depth = len({pairing.layers for pairing in members}) == len(members) > 1
+        if one_of_each_depth and seeds:
+            title = f"the difference grows from {shallow.layers} layers to {deep.title}"
+            gains = tuple(deep.of_seed(seed) - shallow.of_seed(seed) for seed in seeds)
+            grown.append(Pairing(title=title, seeds=tuple(seeds), differences=gains))
+    return grown
 
 
 def _pairing(title: str, runs: Sequence[RunSummary]) -> Pairing:
-    resnets, plainnets = (
-        {run.identity.seed: run for run in reversed(runs) if run.model == model} for model in NAMES
-    )
+    resnets, plainnets = ({run.identity.seed: run for run in runs if run.model == model} for model in NAMES)
     seeds = sorted(resnets.keys() & plainnets.keys())
     gains = [final_accuracy_of(resnets[seed]) - final_accuracy_of(plainnets[seed]) for seed in seeds]
     return Pairing(
@@ -89,13 +127,16 @@ def _pairing(title: str, runs: Sequence[RunSummary]) -> Pairing:
         seeds=tuple(seeds),
         differences=tuple(100 * gain for gain in gains),
         unpaired=tuple(run.name for run in runs if run.identity.seed not in seeds),
+        layers=runs[0].layers,
+        family=(runs[0].shape[1], runs[0].conditions),
     )
 
 
-def _title(run: RunSummary, groups: Iterable[tuple[Any, tuple[tuple[str, Any], ...]]]) -> str:
-    """Depth, width, and the conditions in which groups of this very shape differ."""
-    alternatives = [conditions for shape, conditions in groups if shape == run.shape]
-    return ", ".join([f"{run.layers} layers, {run.shape[1]} filters", *distinction(run, alternatives)])
+def _title(run: RunSummary, groups: Iterable[Sequence[RunSummary]]) -> str:
+    """Size, and the conditions in which groups of this very shape differ."""
+    firsts = [group[0] for group in groups]
+    alternatives = [first.conditions for first in firsts if first.shape == run.shape]
+    return ", ".join([size_of(run, firsts), *distinction(run, alternatives)])
 
 
 def caveats(runs: Sequence[RunSummary]) -> list[str]:
@@ -158,7 +199,7 @@ COLUMNS: tuple[Column, ...] = (
     ("model", lambda run: NAMES[run.model]),
     ("layers", lambda run: str(run.layers)),
     ("filters", lambda run: str(run.shape[1])),
-    ("parameters", lambda run: "-" if run.parameters is None else f"{run.parameters:,}"),
+    ("parameters", lambda run: f"{run.identity.network.parameters:,}"),
     ("recipe", lambda run: run.identity.recipe.name),
     ("seed", lambda run: str(run.identity.seed)),
     ("epochs", _progress),
@@ -208,7 +249,8 @@ def text_report(runs: Sequence[RunSummary], skipped: Sequence[Skipped] = ()) -> 
 
 
 def _findings(runs: Sequence[RunSummary], indent: str) -> list[str]:
-    found = [f"{indent}{pairing}" for pairing in pairings(runs)]
+    paired = pairings(runs)
+    found = [f"{indent}{pairing}" for pairing in [*paired, *growth(paired)]]
     return found or [f"{indent}no pairs: no run is complete."]
 
 
@@ -240,16 +282,23 @@ def markdown_report(
 def write_report(
     runs: Sequence[RunSummary], folder: Path | str, skipped: Sequence[Skipped] = ()
 ) -> list[Path]:
-    """Write comparison.md, comparison.csv, curves.png and, with several depths, depth.png: the paths."""
+    """Write comparison.md, comparison.csv, curves.png and, with several depths, depth.png: the paths.
+
+    Raises:
+        JobError: the folder cannot be written.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     figures = {"curves.png": curves_figure(runs), "depth.png": depth_figure(runs)}
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
     markdown = markdown_report(runs, skipped, depth="depth.png" in drawn)
-    (folder / "comparison.md").write_text(markdown, encoding="utf-8")
-    _write_csv(runs, folder / "comparison.csv")
-    for name, figure in drawn.items():
-        figure.savefig(folder / name, dpi=120)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "comparison.md").write_text(markdown, encoding="utf-8")
+        _write_csv(runs, folder / "comparison.csv")
+        for name, figure in drawn.items():
+            figure.savefig(folder / name, dpi=120)
+        for name in figures.keys() - drawn.keys():  # of an earlier report on other runs
+            (folder / name).unlink(missing_ok=True)
     return [folder / name for name in ("comparison.md", "comparison.csv", *drawn)]
 
 
@@ -269,7 +318,7 @@ def _csv_row(run: RunSummary) -> dict[str, Any]:
         "layers": run.layers,
         "blocks": run.identity.network.blocks_text,
         "filters": run.shape[1],
-        "parameters": run.parameters,
+        "parameters": run.identity.network.parameters,
         "recipe": run.identity.recipe.name,
         "batch_size": run.identity.batch_size,
         "seed": run.identity.seed,

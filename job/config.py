@@ -60,6 +60,23 @@ class Network:
         return 2 * sum(self.blocks) + 2
 
     @property
+    def parameters(self) -> int:
+        """Variables of the network, the moving statistics among them; Keras counts the same."""
+        normalization = 4  # scale, offset, mean and variance of each channel
+        total, inputs = (
+            3 * normalization + 3 * 9 * self.filters + self.filters * (1 + normalization),
+            self.filters,
+        )
+        for stage, count in enumerate(self.blocks):
+            outputs = self.filters << stage
+            for index in range(count):
+                total += 9 * (inputs + outputs) * outputs + 2 * outputs * (1 + normalization)
+                if self.model == "resnet" and stage > 0 and index == 0:
+                    total += inputs * outputs + outputs
+                inputs = outputs
+        return total + (inputs + 1) * CLASS_COUNT
+
+    @property
     def final_map(self) -> int:
         """Pixels along one side of the last stage's map, the pooling window."""
         return IMAGE_SIZE >> (len(self.blocks) - 1)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from job.errors import UsageError
-from job.summaries import NAMES, RunSummary, distinction, final_accuracy_of
+from job.summaries import (
+    NAMES,
+    RunSummary,
+    distinction,
+    final_accuracy_of,
+    has_rival,
+    size_of,
+    without_copies,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,6 +74,7 @@ def curves_figure(runs: Sequence[RunSummary], panels: Sequence[tuple[str, str]] 
     shapes = list(dict.fromkeys(run.shape for run in runs))
     columns = 2 if len(shapes) == 1 else len(panels)
     rows = len(shapes) * len(panels) // columns
+    several_widths = len({run.shape[1] for run in runs}) > 1
     figure = Figure(figsize=(10.5 if columns == 2 else 17, 3.6 * rows))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)  # inches around each panel
     axes = figure.subplots(rows, columns, squeeze=False).reshape(len(shapes), len(panels))
@@ -73,7 +82,9 @@ def curves_figure(runs: Sequence[RunSummary], panels: Sequence[tuple[str, str]] 
         members = [run for run in runs if run.shape == shape]
         for axis, (title, metric) in zip(row, panels, strict=True):
             _draw_curves(axis, _series(members), metric)
-            _label_curves(axis, f"{title}, {_size(members[0], runs)}", metric, members)
+            _label_curves(
+                axis, f"{title}, {size_of(members[0], runs, width=several_widths)}", metric, members
+            )
         row[0].legend(loc="best", fontsize=9, frameon=False)
     figure.suptitle("ResNet against PlainNet: mean over seeds, band from lowest to highest", fontsize=13)
     return figure
@@ -82,13 +93,14 @@ def curves_figure(runs: Sequence[RunSummary], panels: Sequence[tuple[str, str]] 
 def _series(runs: Sequence[RunSummary]) -> list[_Series]:
     """Group by network and conditions; an unfinished run does not shorten the curve of finished ones."""
     groups: dict[Any, list[RunSummary]] = defaultdict(list)
-    for run in runs:
+    for run in without_copies(runs):
         groups[run.conditions, run.model].append(run)
     settings = list(dict.fromkeys(conditions for conditions, _ in groups))
     series = []
     for (conditions, model), members in groups.items():
         chosen = [run for run in members if run.complete] or [run for run in members if run.history]
-        count = f"{len(chosen)} seed{'s' * (len(chosen) != 1)}"
+        unfinished = ", unfinished" * (not all(run.complete for run in chosen))
+        count = f"{len(chosen)} seed{'s' * (len(chosen) != 1)}{unfinished}"
         label = ", ".join([NAMES[model], *distinction(members[0], settings), count])
         line = LINES[settings.index(conditions) % len(LINES)]
         series.append(_Series(label, COLOURS[model], line, tuple(chosen)))
@@ -121,12 +133,6 @@ def _label_curves(axis: Axes, title: str, metric: str, runs: Sequence[RunSummary
     _tidy(axis, percent=metric.endswith("accuracy"))
 
 
-def _size(run: RunSummary, runs: Iterable[RunSummary]) -> str:
-    """Depth, and the width where the runs have several."""
-    several_widths = len({other.shape[1] for other in runs}) > 1
-    return f"{run.layers} layers" + f", {run.shape[1]} filters" * several_widths
-
-
 def _tidy(axis: Axes, *, percent: bool) -> None:
     if percent:
         axis.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.3g}%")
@@ -137,11 +143,12 @@ def _tidy(axis: Axes, *, percent: bool) -> None:
 def depth_figure(runs: Sequence[RunSummary]) -> Figure | None:
     """Draw final test accuracy against depth, a dot a finished run and a line through the means.
 
-    Only networks that were trained at several depths under equal conditions are drawn; None if there is none.
+    Only networks that were trained at several depths under equal conditions are drawn, and no depth that was
+    built of different blocks; None if none is left.
     """
     groups: dict[Any, list[RunSummary]] = defaultdict(list)
-    for run in runs:
-        if run.complete and run.final_accuracy is not None:
+    for run in without_copies(runs):
+        if run.complete and not has_rival(run, runs):
             groups[run.shape[1], run.conditions, run.model].append(run)
     groups = {key: group for key, group in groups.items() if len({run.layers for run in group}) > 1}
     if not groups:

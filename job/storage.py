@@ -152,12 +152,22 @@ def join(location: str, *parts: str) -> str:
     return str(Path(location, *parts))
 
 
-def find_runs(location: str) -> list[str]:
-    """Return the locations of all runs at or below ``location``: itself first if it is one, then sorted."""
+def find_runs(location: str) -> tuple[list[str], list[OSError]]:
+    """Find the runs at or below ``location``.
+
+    Returns:
+        Their locations, sorted, ``location`` itself first if it is one; and for each folder below it that
+        cannot be read, which may hide more of them, the error.
+    """
+    unreadable: list[OSError] = []
     with contextlib.closing(open_store(location)) as store:
-        names = [entry.name for entry in store.list()]
+        if isinstance(store, LocalStore):
+            paths = _visible_files(store.root, unreadable.append)
+            names = [path.relative_to(store.root).as_posix() for path in paths]
+        else:
+            names = [entry.name for entry in store.list()]
     folders = sorted(name[: -len(RECORD)].rstrip("/") for name in names if f"/{name}".endswith(f"/{RECORD}"))
-    return [join(location, folder) for folder in folders]
+    return [join(location, folder) for folder in folders], unreadable
 
 
 def crc32c(source: Path | bytes) -> int:
@@ -606,15 +616,18 @@ def _equal(first: Path, second: Path) -> bool:
     return True
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder, onerror=_raise_unless_absent):
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _visible_files(folder: Path, unreadable: Callable[[OSError], None] = _raise) -> Iterator[Path]:
+    def note(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            unreadable(error)
+
+    for parent, folders, files in os.walk(folder, onerror=note):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in files if not name.startswith("."))
-
-
-def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise error
 
 
 class HostLock:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 from typing import Any
 
-from job.checkpoints import Record, read_config, read_record
+from job.checkpoints import STATES, Record, read_config, read_record
 from job.config import Identity
 from job.errors import InvalidData, JobError, MissingInput
 from job.storage import NotFound, find_runs, open_store
@@ -34,10 +36,9 @@ class RunSummary:
 
     location: str
     identity: Identity
-    state: str  # complete, running, interrupted or diverged
+    state: str  # one of checkpoints.STATES
     planned_epochs: int
     history: tuple[Epoch, ...]
-    parameters: int | None
     train_accuracy: float | None
     validation_accuracy: float | None  # after the last epoch, not the highest
     test_accuracy: float | None  # only with a hold-out: then the test set is evaluated once, at the end
@@ -46,28 +47,37 @@ class RunSummary:
 
     @classmethod
     def from_record(cls, location: str, config: Mapping[str, Any], record: Record) -> RunSummary:
-        """Summarize config.json and record.json. Raises KeyError or TypeError on foreign content."""
+        """Summarize config.json and record.json.
+
+        Raises:
+            KeyError, TypeError, AttributeError, ValueError: the content is foreign or damaged.
+        """
         result, history, settings = record.result or {}, record.history, config.get("settings", {})
         last = history[-1] if history else {"train": {}, "validation": {}}
-        spent = sum(entry["train"]["seconds"] + entry["validation"]["seconds"] for entry in history)
-        return cls(
+        planned = record.epochs or settings.get("epochs", 0)
+        summary = cls(
             location=location,
             identity=Identity.from_json(config["identity"]),
-            state=record.state,
-            planned_epochs=result.get("epochs") or max(settings.get("epochs", 0), len(history)),
+            state=STATES[STATES.index(record.state)],
+            planned_epochs=int(result.get("epochs") or max(planned, len(history))),
             history=tuple(map(_epoch, history)),
-            parameters=result.get("parameters", settings.get("parameters")),
-            train_accuracy=result.get("train", last["train"]).get("accuracy"),
-            validation_accuracy=result.get("validation", last["validation"]).get("accuracy"),
-            test_accuracy=(result.get("test") or {}).get("accuracy"),
-            images_per_second=result.get("images_per_second", _speed(history)),
-            seconds=result.get("seconds", spent),
+            train_accuracy=_number(result.get("train", last["train"]).get("accuracy")),
+            validation_accuracy=_number(result.get("validation", last["validation"]).get("accuracy")),
+            test_accuracy=_number((result.get("test") or {}).get("accuracy")),
+            images_per_second=_number(result.get("images_per_second", _speed(history))),
+            seconds=float(result.get("seconds", _spent(record))),
         )
+        if summary.complete and summary.final_accuracy is None:
+            raise ValueError("complete, but without an accuracy")
+        hash((summary.shape, summary.conditions, int(summary.identity.seed)))
+        return summary
 
     @property
     def name(self) -> str:
-        """Last part of the location."""
-        return self.location.rstrip("/").rpartition("/")[2]
+        """Last part of the location, of a folder also where it is named as ``.``."""
+        if self.location.startswith("gs://"):
+            return self.location.rstrip("/").rpartition("/")[2]
+        return Path(self.location).resolve().name
 
     @property
     def model(self) -> str:
@@ -117,17 +127,28 @@ def _epoch(entry: Mapping[str, Any]) -> Epoch:
     train, validation = entry["train"], entry["validation"]
     return Epoch(
         number=entry["epoch"] + 1,
-        train_loss=train["loss"],
-        train_accuracy=train["accuracy"],
-        validation_loss=validation["loss"],
-        validation_accuracy=validation["accuracy"],
+        train_loss=float(train["loss"]),
+        train_accuracy=float(train["accuracy"]),
+        validation_loss=float(validation["loss"]),
+        validation_accuracy=float(validation["accuracy"]),
     )
 
 
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
 def _speed(history: Sequence[Mapping[str, Any]]) -> float | None:
-    seconds = sum(entry["train"]["seconds"] for entry in history)
-    images = sum(entry["train"]["images_per_second"] * entry["train"]["seconds"] for entry in history)
-    return images / seconds if seconds else None
+    """Median over the epochs, as a result has it; an epoch of one call, which traced, has no speed."""
+    speeds = [float(entry["train"]["images_per_second"]) for entry in history]
+    return median([speed for speed in speeds if speed]) if any(speeds) else None
+
+
+def _spent(record: Record) -> float:
+    """Seconds until the newest commit, or over the epochs that are recorded."""
+    if record.commits:
+        return record.commits[0].progress.total_seconds
+    return float(sum(entry["train"]["seconds"] + entry["validation"]["seconds"] for entry in record.history))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,15 +172,19 @@ def load_runs(locations: Iterable[str]) -> tuple[list[RunSummary], list[Skipped]
     skipped = []
     for location in locations:
         try:
-            found = find_runs(location)
+            found, unreadable = find_runs(location)
         except JobError as error:
             skipped.append(Skipped(location=location, reason=str(error)))
             continue
-        if not found:
+        skipped += [
+            Skipped(location=str(error.filename), reason=f"cannot be read: {error.strerror}")
+            for error in unreadable
+        ]
+        if not found and not unreadable:
             skipped.append(Skipped(location=location, reason="holds no run (no record.json here or below)"))
         for place in found:
             try:
-                runs.setdefault(place, _load(place))
+                runs.setdefault(_where(place), _load(place))
             except JobError as error:
                 skipped.append(Skipped(location=place, reason=str(error)))
     if not runs:
@@ -168,6 +193,11 @@ def load_runs(locations: Iterable[str]) -> tuple[list[RunSummary], list[Skipped]
             f"compare needs at least one run, but none is left; example: compare runs{reasons}"
         )
     return sorted(runs.values(), key=_order), skipped
+
+
+def _where(location: str) -> str:
+    """The same for all ways to name a folder."""
+    return location if location.startswith("gs://") else str(Path(location).resolve())
 
 
 def _order(run: RunSummary) -> tuple[Any, ...]:
@@ -191,8 +221,33 @@ def _load(location: str) -> RunSummary:
             return RunSummary.from_record(location, config, read_record(store))
         except NotFound as error:
             raise InvalidData("not a run of this job: no record.json") from error
-        except (KeyError, TypeError, AttributeError) as error:
+        except KeyError as error:
             raise InvalidData(f"not a run of this job: its record lacks {error}") from error
+        except (TypeError, AttributeError, ValueError) as error:
+            raise InvalidData(f"its record is damaged: {error}") from error
+
+
+def without_copies(runs: Iterable[RunSummary]) -> list[RunSummary]:
+    """The runs, those of one network, seed and state once: the first."""
+    first: dict[Any, RunSummary] = {}
+    for run in runs:
+        first.setdefault((run.model, run.shape, run.conditions, run.identity.seed, run.complete), run)
+    return list(first.values())
+
+
+def has_rival(run: RunSummary, runs: Iterable[RunSummary]) -> bool:
+    """Whether others have its depth and width, but other blocks."""
+    return any(
+        other.shape != run.shape and (other.layers, other.shape[1]) == (run.layers, run.shape[1])
+        for other in runs
+    )
+
+
+def size_of(run: RunSummary, runs: Iterable[RunSummary], *, width: bool = True) -> str:
+    """Depth and width, and the blocks where they do not follow from these among the runs."""
+    network = run.identity.network
+    parts = [f"{run.layers} layers", *[f"{network.filters} filters"] * width]
+    return ", ".join([*parts, *[f"blocks {network.blocks_text}"] * has_rival(run, runs)])
 
 
 def final_accuracy_of(run: RunSummary) -> float:

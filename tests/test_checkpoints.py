@@ -86,6 +86,7 @@ def test_a_record_is_read_back_as_it_was_written() -> None:
         attempt=3,
         nonce="9f",
         revision=8,
+        epochs=20,
         commits=(Commit(name="checkpoints/x", size=1, crc32c=2, progress=progress),),
         history=(entry,),
         confusion=[[1, 2], [3, 4]],

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from PIL import Image
 from job import __version__, cli, comparison, errors
 from job.config import RECIPES, Cadence, Settings
 from job.interruption import Interruption
+from job.storage import open_store
+from tests.test_comparison import write_run
 from tests.test_house import ROOT
 
 # What `--help`, a wrong option or an absent run must not wait for.
@@ -429,6 +432,45 @@ def test_what_does_not_exist_is_named(run: Run, arguments: list[str], tmp_path: 
     assert "nowhere" in outcome.err
     assert "Traceback" not in outcome.err
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_compare_skips_what_is_no_run_and_writes_its_report(run: Run, tmp_path: Path) -> None:
+    for model in ("resnet", "plainnet"):
+        write_run(tmp_path / "runs" / model, model)
+    outcome = run("compare", "runs", "nowhere", "--report", "a/report")
+
+    assert outcome.code == 0
+    assert "+0.00 points from one pair" in outcome.out
+    assert "Skipped nowhere: holds no run" in outcome.out
+    written = [line for line in outcome.out.splitlines() if line.startswith("wrote ")]
+    assert written == [f"wrote a/report/{name}" for name in ("comparison.md", "comparison.csv", "curves.png")]
+    assert all(Path(line.removeprefix("wrote ")).stat().st_size for line in written)
+
+
+def test_compare_reads_a_bucket(run: Run, tmp_path: Path, gcs_bucket: str) -> None:
+    with closing(open_store(gcs_bucket)) as store:
+        for path in sorted(write_run(tmp_path / "one").iterdir()):
+            store.create(f"runs/one/{path.name}", path.read_bytes())
+    outcome = run("compare", f"{gcs_bucket}/runs", "--report", "report")
+
+    assert outcome.code == 0
+    assert "\none " in outcome.out
+    assert "one,resnet,20" in Path("report/comparison.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("report", "code", "message"),
+    [("gs://bucket/report", 2, "must be a local folder"), ("a-file", 74, "a-file")],
+)
+def test_a_report_that_cannot_be_written_says_why(
+    run: Run, tmp_path: Path, report: str, code: int, message: str
+) -> None:
+    write_run(tmp_path / "one")
+    (tmp_path / "a-file").write_text("")
+    outcome = run("compare", "one", "--report", report)
+    assert outcome.code == code
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
 
 
 def test_a_folder_that_is_no_run_is_not_evaluated(run: Run, tmp_path: Path) -> None:

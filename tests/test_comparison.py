@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -119,7 +121,7 @@ def test_the_table_shows_a_finished_run_s_own_result(tmp_path: Path) -> None:
         "model": "ResNet",
         "layers": "20",
         "filters": "16",
-        "parameters": "272,474",
+        "parameters": "274,454",
         "recipe": "article",
         "seed": "7",
         "epochs": "3",
@@ -140,10 +142,28 @@ def test_an_unfinished_run_is_summed_up_from_its_history(tmp_path: Path, state: 
     runs, _ = load_runs([str(tmp_path / "run")])
 
     shown = cells(runs)
-    assert (shown["state"], shown["epochs"], shown["parameters"]) == (state, "2 of 20", "-")
+    assert (shown["state"], shown["epochs"], shown["parameters"]) == (state, "2 of 20", "274,454")
     assert (shown["validation"], shown["train"], shown["highest*"]) == ("62.50%", "75.00%", "62.50%")
     assert runs[0].seconds == 100 + 4 + 50 + 4
-    assert runs[0].images_per_second == pytest.approx((500 * 100 + 1000 * 50) / 150)
+    assert runs[0].images_per_second == 750  # the median, as of a finished run
+
+
+def test_an_unfinished_run_s_record_says_how_long_it_took_and_is_to_be(tmp_path: Path) -> None:
+    """It was complete with one epoch, was asked for 20, and was interrupted in the third."""
+    folder = write_run(tmp_path / "run", accuracies=(0.5, 0.625), planned=1, state="interrupted")
+    record = json.loads((folder / "record.json").read_text())
+    record["history"][1]["train"]["images_per_second"] = 0.0  # its only call traced
+    progress = {"step": 1000, "epoch": 2, "total_seconds": 1234.5, "loss_scale": [1.0, 0]}
+    commit = {"name": "checkpoints/x", "size": 1, "crc32c": 2, "progress": progress}
+    (folder / "record.json").write_text(json.dumps(record | {"commits": [commit], "epochs": 20}))
+    runs, _ = load_runs([str(folder)])
+
+    assert (cells(runs)["epochs"], cells(runs)["time"], cells(runs)["images/s"]) == (
+        "2 of 20",
+        "0:20:34",
+        "500",
+    )
+    assert dict(runs[0].conditions)["epochs"] == 20
 
 
 def test_a_run_before_its_first_epoch_has_no_numbers(tmp_path: Path) -> None:
@@ -185,7 +205,14 @@ def test_the_interval_agrees_with_independent_computations(tmp_path: Path) -> No
 
 def test_an_interval_without_zero_says_so() -> None:
     assert "The interval excludes zero." in str(Pairing(title="", seeds=(0, 1), differences=(-2.0, -2.01)))
-    assert Pairing(title="", seeds=(0, 1), differences=(2.0, 2.0)).interval == (2.0, 2.0)
+
+
+def test_equal_differences_give_no_interval() -> None:
+    equal = Pairing(title="here", seeds=(0, 1), differences=(2.0, 2.0 + 1e-14))
+    assert equal.interval is None
+    assert str(equal) == (
+        "here: +2.00 points in every pair, n = 2 pairs (seeds 0, 1). Equal differences give no interval."
+    )
 
 
 def test_one_pair_proves_nothing_and_none_is_no_pair(tmp_path: Path) -> None:
@@ -207,6 +234,42 @@ def test_each_depth_is_paired_by_itself(tmp_path: Path) -> None:
 
     assert [pairing.title for pairing in found] == ["20 layers, 16 filters", "56 layers, 16 filters"]
     assert [pairing.mean for pairing in found] == pytest.approx([2, 25])
+
+
+def test_the_growth_with_depth_is_taken_seed_by_seed(tmp_path: Path) -> None:
+    twins(tmp_path / "a", (0.01, 0.03))
+    twins(tmp_path / "b", (0.25, 0.21, 0.5), blocks=FIFTY_SIX)
+    twins(tmp_path / "c", (0.25, 0.25), blocks=FIFTY_SIX, filters=8)
+    found = comparison.pairings(load_runs([str(tmp_path)])[0])
+    (grown,) = comparison.growth(found)
+
+    assert grown.seeds == (0, 1)
+    assert grown.differences == pytest.approx((24, 18))
+    expected = stats.ttest_rel([25, 21], [1, 3]).confidence_interval(0.95)
+    assert grown.interval == pytest.approx((expected.low, expected.high))
+    assert str(grown).startswith(
+        "the difference grows from 20 layers to 56 layers, 16 filters: +21.00 points"
+    )
+    assert str(grown) in comparison.text_report(load_runs([str(tmp_path)])[0])
+    assert comparison.growth(found[:1]) == []
+
+
+def test_equal_depth_and_width_of_other_blocks_are_told_apart(tmp_path: Path) -> None:
+    twins(tmp_path / "a", (0.01,))
+    twins(tmp_path / "b", (0.25,), blocks=(1, 7, 1))
+    twins(tmp_path / "c", (0.25,), blocks=FIFTY_SIX)
+    runs, _ = load_runs([str(tmp_path)])
+
+    found = comparison.pairings(runs)
+    assert [pairing.title for pairing in found] == [
+        "20 layers, 16 filters, blocks 1,7,1",
+        "20 layers, 16 filters, blocks 3,3,3",
+        "56 layers, 16 filters",
+    ]
+    assert comparison.growth(found) == []  # from which of the two?
+    titles = [axis.get_title() for axis in figures.curves_figure(runs).axes]
+    assert titles[0] == "Training accuracy, 20 layers, blocks 1,7,1"
+    assert figures.depth_figure(runs) is None
 
 
 @pytest.mark.parametrize(
@@ -242,6 +305,28 @@ def test_runs_that_differ_are_not_paired_and_say_how(
 
 def test_runs_that_agree_get_no_warning(tmp_path: Path) -> None:
     assert comparison.caveats(twins(tmp_path, (0.01, 0.02))) == []
+
+
+def test_copies_of_a_run_are_no_more_seeds_in_the_figures(tmp_path: Path) -> None:
+    twins(tmp_path / "a", (0.0625,))
+    write_run(tmp_path / "b" / "copy", accuracies=(0.25, 0.75))
+    twins(tmp_path / "c", (0.25,), blocks=FIFTY_SIX)
+    runs, _ = load_runs([str(tmp_path)])
+
+    axis = figures.curves_figure(runs).axes[1]
+    assert legend(figures.curves_figure(runs).axes[0]) == ["ResNet, 1 seed", "PlainNet, 1 seed"]
+    assert y_of(axis.lines[0]) == [0.25, 0.5625]
+    depth = figures.depth_figure(runs)
+    assert depth is not None
+    assert y_of(depth.axes[0].lines[0]) == [0.5625, 0.75]
+
+
+def test_a_folder_by_another_name_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "runs" / "one")
+    monkeypatch.chdir(run)
+    runs, _ = load_runs([".", str(run), "../one", str(tmp_path)])
+
+    assert [run.name for run in runs] == ["one"]
 
 
 def test_unfinished_and_repeated_runs_are_named(tmp_path: Path) -> None:
@@ -288,6 +373,64 @@ def test_foreign_and_damaged_folders_are_named_and_skipped(
     assert f"Skipped {bad}: " in comparison.text_report(runs, skipped)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"state": None},
+        {"state": "asleep"},
+        {"result": {"validation": {"accuracy": "x"}}},
+        {"result": {"validation": {"accuracy": None}}},
+        {"result": {"train": {"accuracy": []}}},
+        {"history": [{"epoch": 0, "train": {"loss": "x"}, "validation": {}}]},
+    ],
+    ids=str,
+)
+def test_a_damaged_value_costs_its_own_run_only(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_run(tmp_path / "good")
+    bad = write_run(tmp_path / "bad", seed=1)
+    record = json.loads((bad / "record.json").read_text())
+    (bad / "record.json").write_text(json.dumps(record | changes))
+
+    runs, skipped = load_runs([str(tmp_path)])
+
+    assert [run.name for run in runs] == ["good"]
+    assert [item.location for item in skipped] == [str(bad)]
+
+
+@pytest.mark.parametrize("changes", [{"seed": "x"}, {"seed": None}, {"batch_size": [1]}], ids=str)
+def test_a_damaged_identity_costs_its_own_run_only(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_run(tmp_path / "good")
+    bad = write_run(tmp_path / "bad", seed=1)
+    config = json.loads((bad / "config.json").read_text())
+    config["identity"] |= changes
+    (bad / "config.json").write_text(json.dumps(config))
+
+    runs, skipped = load_runs([str(tmp_path)])
+
+    assert [run.name for run in runs] == ["good"]
+    assert [item.location for item in skipped] == [str(bad)]
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a volume's lost+found; tests may run as root, whom modes do not stop."""
+    write_run(tmp_path / "good")
+    (tmp_path / "lost+found").mkdir()
+    scan = os.scandir
+
+    def guarded(path: Any) -> Any:
+        if str(path).endswith("lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    runs, skipped = load_runs([str(tmp_path)])
+
+    assert [run.name for run in runs] == ["good"]
+    assert list(map(str, skipped)) == [f"{tmp_path}/lost+found: cannot be read: Permission denied"]
+
+
 def test_parents_expand_and_a_run_named_twice_counts_once(tmp_path: Path) -> None:
     first = write_run(tmp_path / "deep" / "er" / "first")
     write_run(tmp_path / "second", seed=1)
@@ -332,8 +475,9 @@ def test_the_report_holds_table_findings_figures_and_raw_values(tmp_path: Path) 
     assert [path.name for path in paths] == ["comparison.md", "comparison.csv", "curves.png", "depth.png"]
     assert all(path.read_bytes().startswith(PNG) for path in paths[2:])
     text = paths[0].read_text()
-    assert "- 56 layers, 16 filters: +25.00 points, 95 % confidence interval +25.00 to +25.00, n = 2" in text
-    assert "| resnet9-0 | ResNet | 20 | 16 | 272,474 | article | 0 | 2 | 51.00% | test set |" in text
+    assert "- 20 layers, 16 filters: +2.00 points, 95 % confidence interval -10.71 to +14.71, n = 2" in text
+    assert "- 56 layers, 16 filters: +25.00 points in every pair, n = 2 pairs" in text
+    assert "| resnet9-0 | ResNet | 20 | 16 | 274,454 | article | 0 | 2 | 51.00% | test set |" in text
     assert "![Accuracy against depth](depth.png)" in text
     assert f"Skipped {tmp_path}/absent" in text
     with paths[1].open(newline="") as file:
@@ -345,9 +489,11 @@ def test_the_report_holds_table_findings_figures_and_raw_values(tmp_path: Path) 
 
 
 def test_a_report_on_one_depth_has_no_depth_figure_and_replaces_an_older_one(tmp_path: Path) -> None:
+    twins(tmp_path / "deep", (0.01,), blocks=FIFTY_SIX)
     runs = twins(tmp_path / "runs", (0.01,))
-    for _ in range(2):
-        paths = comparison.write_report(runs, tmp_path / "report")
+    comparison.write_report(load_runs([str(tmp_path)])[0], tmp_path / "report")
+    assert (tmp_path / "report" / "depth.png").exists()
+    paths = comparison.write_report(runs, tmp_path / "report")
 
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(p.name for p in paths)
     assert "depth.png" not in paths[0].read_text()
@@ -440,6 +586,13 @@ def test_an_unfinished_run_does_not_shorten_the_curve_of_finished_ones(tmp_path:
     assert y_of(resnet) == [0.25, 0.5625]
 
 
+def test_a_curve_of_unfinished_runs_says_so(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", accuracies=(0.75,), planned=2, state="running")
+    axis = figures.curves_figure(load_runs([str(tmp_path)])[0]).axes[0]
+
+    assert legend(axis) == ["ResNet, 1 seed, unfinished"]
+
+
 def test_depth_figure_draws_means_and_every_run(tmp_path: Path) -> None:
     twins(tmp_path / "a", (0.0625, 0.1875))
     twins(tmp_path / "b", (0.25, 0.25), blocks=FIFTY_SIX)
@@ -478,7 +631,7 @@ def test_without_the_plots_extra_the_error_says_what_to_install(
     ]
     for module, attempt in zip(("scipy", "matplotlib.figure"), attempts, strict=True):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(UsageError, match=r"scipy|matplotlib.*plots"):
+        with pytest.raises(UsageError, match=r"(scipy|matplotlib).*\[plots\]"):
             attempt()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -30,8 +31,8 @@ def plainnet() -> keras.Model:
 
 
 def test_parameter_counts_are_the_articles(resnet: Any, plainnet: Any) -> None:
-    assert resnet.count_params() == 15_619_990
-    assert plainnet.count_params() == 15_447_062
+    assert resnet.count_params() == RESNET.parameters == 15_619_990
+    assert plainnet.count_params() == PLAINNET.parameters == 15_447_062
     projections = [layer for layer in resnet.layers if layer.name.endswith("_shortcut")]
     assert sum(layer.count_params() for layer in projections) == 15_619_990 - 15_447_062
 
@@ -98,7 +99,7 @@ def test_the_twins_differ_by_sums_and_projections_only(resnet: Any, plainnet: An
 
 @pytest.mark.parametrize(
     ("blocks", "depth", "parameters", "pool"),
-    [((3, 3, 3), 20, 274_454, 8), ((9, 9, 9), 56, 0, 8), ((1,), 4, 0, 32)],
+    [((3, 3, 3), 20, 274_454, 8), ((9, 9, 9), 56, 861_782, 8), ((1,), 4, 5_462, 32)],
 )
 def test_other_depths(blocks: Any, depth: Any, parameters: Any, pool: Any) -> None:
     network = Network(blocks=blocks, filters=16)
@@ -106,8 +107,9 @@ def test_other_depths(blocks: Any, depth: Any, parameters: Any, pool: Any) -> No
     assert network.final_map == pool
     model = networks.build(network)
     assert model.get_layer("pool").pool_size == (pool, pool)
-    if parameters:
-        assert model.count_params() == parameters
+    assert network.parameters == model.count_params() == parameters
+    plainnet = replace(network, model="plainnet")
+    assert plainnet.parameters == networks.build(plainnet).count_params()
 
 
 def test_multiply_accumulates(resnet: Any) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,21 +19,21 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from job import cifar10, cli
 from job.checkpoints import Record, read_config, read_record
-from job.comparison import COLUMNS, pairings
+from job.comparison import COLUMNS, Pairing, growth, pairings
 from job.config import FORMAT, Settings
-from job.figures import PANELS, curves_figure
+from job.figures import PANELS, curves_figure, depth_figure
 from job.storage import find_runs, open_store
 from job.summaries import NAMES, RunSummary, load_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / ".github" / "experiment"
-FIGURE = ROOT / ".github" / "pictures" / "experiment.png"
+PICTURES = ROOT / ".github" / "pictures"
+FIGURE, DEPTH_FIGURE = PICTURES / "experiment.png", PICTURES / "experiment-depth.png"
 PROCESSOR = "Zen 4 at 2.6 GHz"  # of all kept runs; a result names the rest
-PRECISION: Final = "bfloat16"  # of all kept runs: what `auto` chooses on that processor
 SHOWN = {  # columns of the table, by those of `compare`
     "model": "Model",
     "layers": "Layers",
@@ -59,7 +60,7 @@ class Planned:
 
 
 def plan(*variables: str) -> list[Planned]:
-    """The runs of `make experiment`, in its order, with the names that they get in :data:`PRECISION`."""
+    """The runs of `make experiment`, in its order."""
     command = ["make", "--dry-run", f"--old-file={sys.prefix}/.ready", f"VENV={sys.prefix}", "experiment"]
     # The variables of the make that called this one are not the experiment's.
     environment = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME")}
@@ -72,15 +73,19 @@ def plan(*variables: str) -> list[Planned]:
 def _planned(line: str) -> Planned:
     arguments = shlex.split(line.partition("job train ")[2])
     settings = cli._settings(dict(cli.train.make_context("train", arguments).params))
+    assert settings.precision != "auto"
     data = cifar10.fingerprint(cifar10.OFFICIAL)
-    return Planned(settings.identity(precision=PRECISION, data_sha256=data).default_name, settings)
+    return Planned(settings.identity(precision=settings.precision, data_sha256=data).default_name, settings)
 
 
 def keep(location: str, kept: Path = KEPT) -> list[str]:
-    """Copy what counts of the plan's finished runs at a location; their names."""
+    """Copy what counts of the plan's finished runs at a location, and drop what the plan no longer has."""
     wanted = {run.name: run.settings.epochs for run in plan()}
+    for folder in kept.glob("*"):
+        if folder.name not in wanted:
+            shutil.rmtree(folder)
     names = []
-    for place in find_runs(location):
+    for place in find_runs(location)[0]:
         name = place.rstrip("/").rpartition("/")[2]
         with closing(open_store(place)) as store:
             config, record = read_config(store), read_record(store)
@@ -110,28 +115,52 @@ def digest() -> str:
 
 
 def finding(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
-    """The README's first screen: what the experiment shows so far, and its figure."""
+    """The README's first screen: what the experiment shows so far, in a sentence, and its figure."""
     found = [pairing for pairing in pairings(runs) if pairing.seeds]
     title = "The finding" if any(pairing.interval for pairing in found) else "No finding yet"
-    state = f" So far {len(runs)} of {len(planned)} runs are finished." * (len(runs) < len(planned))
-    text = (
-        f"**{title}.** ResNet minus PlainNet, trained on all 50,000 images, accuracy on the test set after "
-        f"the last epoch: {' '.join(map(str, found))}{state} More under [The experiment](#the-experiment)."
-    )
+    text = f"**{title}.** {_sentence(found)}"
+    if missing := _missing(runs, planned):
+        text += f" Finished are {len(planned) - len(missing)} of {len(planned)} runs."
+    text += " More under [The experiment](#the-experiment)."
     alternative = "Training and validation accuracy of both networks, epoch by epoch"
     return f"{wrapped(text)}\n\n![{alternative}]({FIGURE.relative_to(ROOT)})"
 
 
+def _sentence(found: Sequence[Pairing]) -> str:
+    if not found:
+        return "No pair of networks is trained yet."
+    parts = [_gain(pairing) for pairing in found]
+    listed = parts[0] if len(parts) == 1 else f"{'; '.join(parts[:-1])}; and {parts[-1]}"
+    return (
+        "With skip connections, after a few epochs on all 50,000 images, the accuracy on the test set was "
+        f"{listed}."
+    )
+
+
+def _gain(pairing: Pairing) -> str:
+    depth = pairing.title.partition(",")[0]
+    gain = f"{abs(pairing.mean):.2f} points {'higher' if pairing.mean >= 0 else 'lower'} at {depth}"
+    if pairing.interval is None:
+        return f"{gain} (one pair, which proves nothing)"
+    low, high = pairing.interval
+    return f"{gain} ({len(pairing.seeds)} pairs, 95 % confidence interval {low:+.2f} to {high:+.2f})"
+
+
+def _missing(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> list[Planned]:
+    return [run for run in planned if run.name not in {done.name for done in runs}]
+
+
 def chapter(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
     """The README's chapter on the experiment."""
-    missing = [run for run in planned if run.name not in {done.name for done in runs}]
+    missing = _missing(runs, planned)
     parts = [
         "## The experiment",
-        wrapped(_question(len(runs), planned)),
+        wrapped(_question(len(planned) - len(missing), planned)),
         _commands(),
         _table(runs),
+        _depth_picture(runs),
         "ResNet minus PlainNet, accuracy on the test set after the last epoch, paired by seed:",
-        "\n".join(wrapped(f"- {pairing}", "  ") for pairing in pairings(runs)),
+        "\n".join(wrapped(f"- {found}", "  ") for found in [*pairings(runs), *growth(pairings(runs))]),
         wrapped(_reservations(runs)),
         wrapped(_conditions(runs)),
         wrapped(f"Not finished yet, and in no number above: {_listed(missing)}.") if missing else "",
@@ -184,6 +213,11 @@ def _commands() -> str:
     )
 
 
+def _depth_picture(runs: Sequence[RunSummary]) -> str:
+    alternative = "Accuracy on the test set against depth, a dot a run"
+    return f"![{alternative}]({DEPTH_FIGURE.relative_to(ROOT)})" if depth_figure(runs) else ""
+
+
 def _table(runs: Sequence[RunSummary]) -> str:
     cells = dict(COLUMNS)
     lines = [list(SHOWN.values()), [":--", *["--:"] * (len(SHOWN) - 1)]]
@@ -212,10 +246,12 @@ def _conditions(runs: Sequence[RunSummary]) -> str:
     versions = dict.fromkeys(
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()) for result in results
     )
+    precisions = " and ".join(dict.fromkeys(run.identity.precision for run in runs))
     return (
-        f"Hardware: {devices} ({PROCESSOR}), shared with other work, so that times and images per second "
-        f"are no benchmark. Versions: {'; '.join(versions)}. Each run's history, result and confusion matrix "
-        "are in `.github/experiment`."
+        f"Computed in {precisions}, with float32 variables. Hardware: {devices} ({PROCESSOR}) a run, two "
+        "runs at a time, which other work interrupted: their times and images per second are no benchmark. "
+        f"Versions: {'; '.join(versions)}. Each run's history, result and confusion matrix are in "
+        "`.github/experiment`. On a processor without bfloat16, `PRECISION=float32` trains other runs faster."
     )
 
 
@@ -248,6 +284,8 @@ def main(location: str) -> None:
     runs = kept_runs()
     figure = curves_figure(runs, [panel for panel in PANELS if panel[1].endswith("accuracy")])
     figure.savefig(FIGURE, dpi=90, metadata={"Description": digest()})
+    if depth := depth_figure(runs):
+        depth.savefig(DEPTH_FIGURE, dpi=90, metadata={"Description": digest()})
     path = ROOT / "README.md"
     path.write_text(with_texts(path.read_text(encoding="utf-8"), runs, plan()), encoding="utf-8")
 
