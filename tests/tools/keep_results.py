@@ -118,7 +118,7 @@ def finding(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
     """The README's first screen: what the experiment shows so far, in a sentence, and its figure."""
     found = [pairing for pairing in pairings(runs) if pairing.seeds]
     title = "The finding" if any(pairing.interval for pairing in found) else "No finding yet"
-    text = f"**{title}.** {_sentence(found)}"
+    text = f"**{title}.** {_sentence(found, {run.layers: len(run.history) for run in runs})}"
     if missing := _missing(runs, planned):
         text += f" Finished are {len(planned) - len(missing)} of {len(planned)} runs."
     text += " More under [The experiment](#the-experiment)."
@@ -126,20 +126,17 @@ def finding(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
     return f"{wrapped(text)}\n\n![{alternative}]({FIGURE.relative_to(ROOT)})"
 
 
-def _sentence(found: Sequence[Pairing]) -> str:
+def _sentence(found: Sequence[Pairing], epochs: dict[int, int]) -> str:
     if not found:
         return "No pair of networks is trained yet."
-    parts = [_gain(pairing) for pairing in found]
+    parts = [_gain(pairing, epochs[pairing.layers]) for pairing in found]
     listed = parts[0] if len(parts) == 1 else f"{'; '.join(parts[:-1])}; and {parts[-1]}"
-    return (
-        "With skip connections, after a few epochs on all 50,000 images, the accuracy on the test set was "
-        f"{listed}."
-    )
+    return f"With skip connections, trained on all 50,000 images, the accuracy on the test set was {listed}."
 
 
-def _gain(pairing: Pairing) -> str:
-    depth = pairing.title.partition(",")[0]
-    gain = f"{abs(pairing.mean):.2f} points {'higher' if pairing.mean >= 0 else 'lower'} at {depth}"
+def _gain(pairing: Pairing, epochs: int) -> str:
+    gain = f"{abs(pairing.mean):.2f} points {'higher' if pairing.mean >= 0 else 'lower'}"
+    gain += f" at {pairing.layers} layers after {epochs} epochs"
     if pairing.interval is None:
         return f"{gain} (one pair, which proves nothing)"
     low, high = pairing.interval
