@@ -79,7 +79,7 @@ RENDER      = $(KUBECTL) kustomize $(MANIFESTS) | \
 help: ## list the commands
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(READY) ## train both networks on the embedded sample and compare them (about three minutes)
+demo: $(READY) ## train both networks on the embedded sample and compare them (one to three minutes)
 	$(JOB) train --model resnet --data sample --output $(RUNS)/demo $(DEMO_ARGS)
 	$(JOB) train --model plainnet --data sample --output $(RUNS)/demo $(DEMO_ARGS)
 	$(JOB) compare $(RUNS)/demo --report $(RUNS)/demo/report

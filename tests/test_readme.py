@@ -208,7 +208,7 @@ def test_the_demo_shows_what_make_demo_runs() -> None:
     for model in ("resnet", "plainnet"):
         arguments = ["--model", model, "--data", "sample", *shlex.split(match[1])]
         settings = cli._settings(dict(command_of(("train",)).make_context("train", arguments).params))
-        identity = settings.identity(precision="float32", data_sha256=cifar10.fingerprint(cifar10.SAMPLE))
+        identity = settings.identity(precision="bfloat16", data_sha256=cifar10.fingerprint(cifar10.SAMPLE))
         assert f"\nruns/demo/{identity.default_name}: attempt 1 on " in f"\n{shown}"
         assert f"\n{identity.default_name} " in shown  # in the table
         assert f"epoch {settings.epochs}/{settings.epochs}: " in shown
