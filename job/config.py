@@ -102,6 +102,13 @@ class Recipe:
     flip: bool = False  # left-right, with probability one half
     label_smoothing: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.optimizer == "muon" and (not self.nesterov or not self.momentum or self.weight_decay):
+            raise UsageError(
+                "muon is Nesterov SGD with momentum, and coupled weight decay would only turn its steps, but "
+                f"nesterov is {self.nesterov}, momentum {self.momentum} and weight_decay {self.weight_decay}"
+            )
+
     def rate(self, step: int, total_steps: int) -> float:
         """Learning rate of optimizer step ``step``, counted from 0 in a run of ``total_steps``."""
         progress = step / total_steps

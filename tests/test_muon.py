@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -10,6 +11,8 @@ import numpy.typing as npt
 import pytest
 import tensorflow as tf
 
+from job.config import RECIPES
+from job.errors import UsageError
 from job.muon import Muon, orthogonal
 
 Array = npt.NDArray[Any]
@@ -31,7 +34,7 @@ def random(shape: tuple[int, ...], seed: int = 0) -> Array:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e30])
 def test_a_step_is_nearly_orthogonal_whatever_its_size(shape: Any, size: float) -> None:
     kernel = size * random(shape)
     left, _, right = np.linalg.svd(kernel.reshape(-1, shape[-1]), full_matrices=False)
@@ -45,7 +48,7 @@ def test_a_step_is_nearly_orthogonal_whatever_its_size(shape: Any, size: float) 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_iteration_on_the_small_side_is_the_published_one(shape: Any) -> None:
+def test_the_iteration_is_the_published_one(shape: Any) -> None:
     kernel = random(shape)
     np.testing.assert_allclose(orthogonal(tf.constant(kernel)).numpy(), as_published(kernel), atol=1e-5)
 
@@ -76,3 +79,30 @@ def test_steps_match_numpy_for_convolutions_and_sgd_for_all_else() -> None:
         np.testing.assert_array_equal(muons.numpy(), plain.numpy())
     for muons, plain in zip(muon.variables, sgd.variables, strict=True):
         np.testing.assert_allclose(muons.numpy(), plain.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("values", [{"nesterov": False}, {"momentum": 0.0}, {"weight_decay": 1e-4}], ids=str)
+def test_a_recipe_of_muon_has_what_muon_needs(values: Any) -> None:
+    with pytest.raises(UsageError, match=r"Nesterov SGD with momentum.*, but nesterov is"):
+        replace(RECIPES["fast"], **values)
+
+
+def test_short_products_keep_the_singular_values_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose TF32 reads 10 bits of a float32's mantissa; also of kernels with small values."""
+    exact = tf.matmul
+
+    def short(values: tf.Tensor) -> tf.Tensor:
+        bits = tf.bitcast(values, tf.uint32) + tf.constant(1 << 12, tf.uint32)
+        return tf.bitcast(tf.bitwise.bitwise_and(bits, tf.constant(0xFFFFE000, tf.uint32)), tf.float32)
+
+    def matmul(left: tf.Tensor, right: tf.Tensor, **options: Any) -> tf.Tensor:
+        return exact(short(left), short(right), **options)
+
+    monkeypatch.setattr(tf, "matmul", matmul)
+    left, _, right = np.linalg.svd(random((144, 16)), full_matrices=False)
+    for decades in (2, 4, 6):
+        kernel = ((left * np.logspace(0, -decades, 16)) @ right).astype(np.float32)
+        result = orthogonal(tf.constant(kernel.reshape(3, 3, 16, 16))).numpy().reshape(144, 16)
+        assert np.linalg.norm(result, 2) < 1.25
+        expected = as_published(kernel.reshape(3, 3, 16, 16)).reshape(144, 16)
+        assert np.linalg.norm(result - expected) < 0.02 * np.linalg.norm(expected)

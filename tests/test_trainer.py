@@ -142,6 +142,16 @@ def test_float16_finite_step_trains() -> None:
     assert not np.array_equal(before.weights[4], trainer.state.weights[4])
 
 
+def test_a_float16_step_is_scaled_back() -> None:
+    """By SGD, whose steps are as long as the gradients are."""
+    half, whole = (trainer_of(identity_of(recipe="he", precision=name)) for name in ("float16", "float32"))
+    before = whole.state
+    for trainer in (half, whole):
+        steps(trainer, 1)
+    for old, left, right in zip(before.weights, half.state.weights, whole.state.weights, strict=True):
+        assert np.linalg.norm(left - right) <= 0.3 * np.linalg.norm(right - old) + 1e-6
+
+
 @pytest.mark.parametrize("split", [(1, 1, 1, 1), (4,), (1, 3), (2, 2)])
 def test_no_bit_depends_on_how_steps_are_split_into_calls(split: Any) -> None:
     reference, trainer = trainer_of(), trainer_of()
@@ -247,8 +257,14 @@ def test_rates_are_applied_step_by_step() -> None:
     assert stopped.optimizer[1] == 0.0
 
 
-def test_xla_computes_the_same() -> None:
-    np.testing.assert_allclose(steps(trainer_of(xla=True), 3).loss, steps(trainer_of(), 3).loss, rtol=1e-4)
+@pytest.mark.parametrize("recipe", ["article", "fast"])
+def test_xla_computes_the_same(recipe: Any) -> None:
+    plain, compiled = (trainer_of(identity_of(recipe=recipe), xla=xla) for xla in (False, True))
+    before = plain.state
+    np.testing.assert_allclose(steps(compiled, 3).loss, steps(plain, 3).loss, rtol=1e-4)
+    for old, left, right in zip(before.weights, compiled.state.weights, plain.state.weights, strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-3)
+        assert np.abs(left - old).max() > np.abs(left - right).max()  # moving statistics, too
 
 
 def test_predictions_are_summed_in_float64_over_every_image() -> None:

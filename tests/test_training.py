@@ -121,8 +121,8 @@ def test_a_finished_run_says_so_and_mends_its_files() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "after_calls"),
-    [("article", 1), ("article", 7), ("he", 11)],
-    ids=["first step", "epoch's last step", "mid-epoch, augmented"],
+    [("article", 1), ("article", 7), ("he", 11), ("fast", 10)],
+    ids=["first step", "epoch's last step", "mid-epoch, augmented", "mid-epoch, muon"],
 )
 def test_interrupted_anywhere_it_ends_with_the_bits_of_an_undisturbed_run(
     recipe: Any, after_calls: Any, monkeypatch: Any

@@ -75,7 +75,8 @@ def main(
     everyone = _chosen(contenders.contenders(machine, torch=bool(torch)), only)
 
     def players(who: list[Contender], workload: Workload) -> Any:
-        return play(who, workload, turns=turns, seconds=seconds, images=images, torch=torch, say=say)
+        gpu = bool(machine.gpus)
+        return play(who, workload, turns=turns, seconds=seconds, images=images, torch=torch, gpu=gpu, say=say)
 
     def measured(workload: Workload) -> dict[str, Any]:
         return report.workload_report(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 REFERENCE = "keras"  # the article's way: what the others are compared with
 OURS = "job"
+EVALUATION_BATCH = 250  # images; what this job predicts at a time
 
 
 @dataclass(frozen=True)
@@ -172,10 +173,12 @@ def _two(kind: str, label: str, not_run: str | None) -> Iterator[Contender]:
 
 
 def evaluators(everyone: list[Contender]) -> list[Contender]:
-    """Those of them who evaluate, too."""
-    chosen = {REFERENCE, "keras-onednn", "torch", OURS}
+    """Those of them who evaluate, too: each in its precisions, with as many images at a time as this job."""
+    ways = {REFERENCE, "keras-onednn", "keras-xla-off-bfloat16", "torch", "torch-bfloat16"}
+    chosen = ways | {OURS, f"{OURS}-float32"}
+    options = ("--evaluate", "--batch-size", str(EVALUATION_BATCH))
     return [
-        Contender(one.name, one.label, one.worker, (*one.options, "--evaluate"), one.environment, one.not_run)
+        Contender(one.name, one.label, one.worker, (*one.options, *options), one.environment, one.not_run)
         for one in everyone
         if one.name in chosen
     ]

@@ -23,7 +23,11 @@ IMAGES = 128 * 390  # an epoch without the article's smaller last batch, so that
 
 
 class Failed(Exception):
-    """A contender ended, or did not answer."""
+    """A contender ended, or computes elsewhere than it should."""
+
+
+class TooSlow(Exception):
+    """A contender did not answer in time."""
 
 
 def clean_environment(**more: str) -> dict[str, str]:
@@ -58,12 +62,20 @@ class Process:
 
     def hear(self) -> dict[str, Any]:
         """The next line it says."""
-        watchdog = threading.Timer(ANSWER_SECONDS, self._process.kill)
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self._process.kill()
+
+        watchdog = threading.Timer(ANSWER_SECONDS, give_up)
         watchdog.start()
         try:
             line = _stream(self._process.stdout).readline()
         finally:
             watchdog.cancel()
+        if late.is_set():
+            raise TooSlow
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
@@ -97,8 +109,8 @@ def _stream(stream: IO[str] | None) -> IO[str]:
 class Player:
     """A contender and what it has said. Its process stays between turns while memory lasts."""
 
-    def __init__(self, contender: Contender, command: list[str]) -> None:
-        self.contender, self._command = contender, command
+    def __init__(self, contender: Contender, command: list[str], *, gpu: bool = False) -> None:
+        self.contender, self._command, self._gpu = contender, command, gpu
         self._process: Process | None = None
         self.first_unit_seconds: list[float] = []
         self.turns: list[dict[str, Any]] = []
@@ -110,11 +122,18 @@ class Player:
         try:
             if self._process is None:
                 self._process = Process(self._command, clean_environment(**self.contender.environment))
-                self.first_unit_seconds.append(self._process.hear()["first_unit_seconds"])
+                first = self._process.hear()
+                if self._gpu and not first["on_gpu"]:
+                    raise Failed("computes on the CPU, beside a GPU; see the README on GPU machines")
+                self.first_unit_seconds.append(first["first_unit_seconds"])
             self._process.tell(seconds=seconds)
             self.turns.append(self._process.hear())
         except Failed as failed:
             self.failure = f"failed: {failed}"
+            self.leave()
+        except TooSlow:
+            what = "turn" if self.first_unit_seconds else "first call"
+            self.failure = f"its {what} takes over {ANSWER_SECONDS:g} s"
             self.leave()
         if self.turns and _free_memory() < 2 * self.turns[-1]["peak_memory_bytes"]:
             self.leave()
@@ -148,6 +167,7 @@ def play(
     seconds: float,
     images: int = IMAGES,
     torch: str | None = None,
+    gpu: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Player]:
     """Let contenders take turns, A B C A B C, so that what changes meanwhile meets all alike.
@@ -159,6 +179,7 @@ def play(
         seconds: a turn's length, warm-up apart.
         images: of the data that all of them train on.
         torch: a Python that has PyTorch.
+        gpu: whether a GPU must compute; one that computes elsewhere fails.
         say: is told after each turn.
     """
     players = []
@@ -166,7 +187,7 @@ def play(
         python = (torch or sys.executable) if contender.group == "torch" else sys.executable
         module = f"{__package__}.{contender.worker}"
         options = [*workload.options, "--images", str(images), *contender.options]
-        players.append(Player(contender, [python, "-m", module, *options]))
+        players.append(Player(contender, [python, "-m", module, *options], gpu=gpu))
     try:
         for turn in range(turns):
             for player in players:

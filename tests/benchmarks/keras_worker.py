@@ -13,6 +13,7 @@ from keras import layers
 from tests.benchmarks.turns import Turns
 
 Tensor = Any
+TOGETHER = {"CPU": 1, "GPU": 10}  # batches between looks at the clock, for which a GPU must be waited for
 
 
 def relu_bn(x: Tensor) -> Tensor:
@@ -42,26 +43,38 @@ def network(blocks: list[int], filters: int) -> keras.Model:
 class TakeTurns(keras.callbacks.Callback):
     """Counts batches of ``fit`` and of ``evaluate``, and holds them up between turns."""
 
-    def __init__(self, turns: Turns, batch_size: int) -> None:
+    def __init__(self, turns: Turns, batch_size: int, *, together: int) -> None:
         super().__init__()
-        self._turns, self._batch_size = turns, batch_size
-        self._first = 0
+        self._turns, self._batch_size, self._together = turns, batch_size, together
+        self._first: int | None = None  # batch of the unit under way
         self.over = False
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        self._first = batch
+        if self._first is None:
+            self._first = batch
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        float(logs["loss"])  # waits for the device
-        if not self._turns.did((batch - self._first + 1) * self._batch_size):
-            self.over = self.model.stop_training = True
+        self.model.stop_training = self._end(batch, logs)
 
     on_test_batch_begin = on_train_batch_begin
 
     def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
-        float(logs["loss"])
-        if not self._turns.did((batch - self._first + 1) * self._batch_size):
-            self.over = self.model.stop_evaluating = True
+        self.model.stop_evaluating = self._end(batch, logs)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._first = None  # an epoch's last batches that fill no unit are not counted
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._first = None
+
+    def _end(self, batch: int, logs: Any) -> bool:
+        assert self._first is not None
+        done = batch - self._first + 1
+        if done >= self._together:
+            float(logs["loss"])  # waits for the device
+            self._first = None
+            self.over = not self._turns.did(done * self._batch_size)
+        return self.over
 
 
 def device_memory() -> int | None:
@@ -95,7 +108,9 @@ def main() -> None:
     words = np.random.default_rng(0)
     images = words.integers(0, 256, (options.images, 32, 32, 3), dtype=np.uint8)
     labels = words.integers(0, 10, options.images, dtype=np.int32)
-    callback = TakeTurns(turns, options.batch_size)
+    callback = TakeTurns(
+        turns, options.batch_size, together=TOGETHER["GPU" if device_memory() is not None else "CPU"]
+    )
     run = model.evaluate if options.evaluate else model.fit
     # A second call of `fit` would trace again: one has epochs enough.
     more = {} if options.evaluate else {"epochs": 1_000_000}

@@ -158,9 +158,10 @@ while turns.did(5):
 def echo(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contenders that need no library: 5 images in 10 ms."""
 
-    def start(contender: Contender, command: list[str]) -> Player:
-        program = ECHO if contender.name != "bad" else "raise SystemExit('cannot work')"
-        return Player(contender, [sys.executable, "-c", program])
+    programs = {"bad": "raise SystemExit('cannot work')", "slow": "import time; time.sleep(60)"}
+
+    def start(contender: Contender, command: list[str], *, gpu: bool) -> Player:
+        return Player(contender, [sys.executable, "-c", programs.get(contender.name, ECHO)], gpu=gpu)
 
     monkeypatch.setattr("tests.benchmarks.harness.Player", start)
 
@@ -192,6 +193,21 @@ def test_a_contender_that_ends_says_why_and_the_others_go_on() -> None:
     )
     assert bad.failure == "failed: ended with 1: cannot work"
     assert (bad.turns, len(good.turns)) == ([], 2)
+
+
+@pytest.mark.usefixtures("echo")
+def test_who_does_not_answer_in_time_is_too_slow_which_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.benchmarks.harness.ANSWER_SECONDS", 0.5)
+    (slow,) = play([Contender("slow", "slow", "echo")], TINY, turns=2, seconds=0.01)
+    assert slow.failure == "its first call takes over 0.5 s"
+    assert command._failures({"workloads": [{"training": report.rows([slow]), "evaluation": []}]}) == 0
+
+
+@pytest.mark.usefixtures("echo")
+def test_nobody_computes_on_the_cpu_beside_a_gpu() -> None:
+    (one,) = play([Contender("a", "a", "echo")], TINY, turns=1, seconds=0.01, gpu=True)
+    assert one.failure is not None
+    assert one.failure.startswith("failed: computes on the CPU, beside a GPU")
 
 
 # --- the command

@@ -29,7 +29,7 @@ class Turns:
 
         Args:
             peers: processes whose memory counts, too.
-            device_memory: the most bytes that were in use on an accelerator.
+            device_memory: the most bytes that were in use on an accelerator; None where none computes.
         """
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
@@ -47,7 +47,8 @@ class Turns:
 
     def _play(self) -> Generator[None, int, None]:
         yield  # the first unit, which traces or compiles
-        self._say(first_unit_seconds=time.monotonic() - float(os.environ[STARTED]))
+        seconds = time.monotonic() - float(os.environ[STARTED])
+        self._say(first_unit_seconds=seconds, on_gpu=self._device_memory() is not None)
         for line in sys.stdin:
             seconds = json.loads(line)["seconds"]
             warm_up = yield from _work(WARM_UP_SHARE * seconds, WARM_UP_UNITS)
