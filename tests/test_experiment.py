@@ -154,6 +154,8 @@ def test_the_table_has_the_numbers_of_the_records() -> None:
         assert row["Training accuracy"] == f"{100 * result['train']['accuracy']:.2f}%"
         assert row["Epochs"] == str(len(record["history"]))
         assert row["Images/s"] == f"{result['images_per_second']:.0f}"
+        seconds = result["steps"] / 391 * 50_000 / result["images_per_second"]
+        assert row["Training time"] == f"{seconds / 60:.0f} min"
 
 
 def test_every_pair_is_in_the_differences() -> None:

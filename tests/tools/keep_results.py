@@ -34,7 +34,8 @@ KEPT = ROOT / ".github" / "experiment"
 PICTURES = ROOT / ".github" / "pictures"
 FIGURE, DEPTH_FIGURE = PICTURES / "experiment.png", PICTURES / "experiment-depth.png"
 PROCESSOR = "Zen 4 at 2.6 GHz"  # of all kept runs; a result names the rest
-SHOWN = {  # columns of the table, by those of `compare`
+TRAINED_ON = 50_000  # images
+SHOWN = {  # columns of the table, by those of `compare`; one more says how long the training takes
     "model": "Model",
     "layers": "Layers",
     "seed": "Seed",
@@ -42,7 +43,6 @@ SHOWN = {  # columns of the table, by those of `compare`
     "validation": "Test accuracy",
     "train": "Training accuracy",
     "images/s": "Images/s",
-    "time": "Time",
 }
 
 
@@ -217,9 +217,15 @@ def _depth_picture(runs: Sequence[RunSummary]) -> str:
 
 def _table(runs: Sequence[RunSummary]) -> str:
     cells = dict(COLUMNS)
-    lines = [list(SHOWN.values()), [":--", *["--:"] * (len(SHOWN) - 1)]]
-    lines += [[cells[column](run) for column in SHOWN] for run in runs]
+    lines = [[*SHOWN.values(), "Training time"], [":--", *["--:"] * len(SHOWN)]]
+    lines += [[*(cells[column](run) for column in SHOWN), _training_time(run)] for run in runs]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _training_time(run: RunSummary) -> str:
+    """At the median speed of its epochs: interruptions by other work are left out."""
+    assert run.images_per_second
+    return f"{len(run.history) * TRAINED_ON / run.images_per_second / 60:.0f} min"
 
 
 def _reservations(runs: Sequence[RunSummary]) -> str:
@@ -246,7 +252,8 @@ def _conditions(runs: Sequence[RunSummary]) -> str:
     precisions = " and ".join(dict.fromkeys(run.identity.precision for run in runs))
     return (
         f"Computed in {precisions}, with float32 variables. Hardware: {devices} ({PROCESSOR}) a run, two "
-        "runs at a time, which other work interrupted: their times and images per second are no benchmark. "
+        "runs at a time. Other work interrupted them, so that speed is the median of the epochs, and time "
+        "that of this speed, evaluation apart. "
         f"Versions: {'; '.join(versions)}. Each run's history, result and confusion matrix are in "
         "`.github/experiment`. On a processor without bfloat16, `PRECISION=float32` trains other runs faster."
     )
