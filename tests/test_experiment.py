@@ -222,7 +222,7 @@ def test_when_all_is_finished_the_finding_has_its_interval_and_nothing_is_missin
 
     interval = "+2.00 points, 95 % confidence interval -0.48 to +4.48, n = 3 pairs (seeds 0, 1, 2)"
     assert text.count(interval) == 2  # at 20 and at 56 layers
-    pairs = "(3 pairs, 95 % confidence interval -0.48 to +4.48)"
+    pairs = "(3 pairs, 95 % confidence interval -0.48 to +4.48, which includes zero)"
     assert finding.startswith(
         "**The finding.** With skip connections, trained on all 50,000 images, the accuracy on the test set "
         f"was 2.00 points higher at 20 layers after 10 epochs {pairs}; 1.00 points higher at 30 layers after "

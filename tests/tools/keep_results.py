@@ -140,7 +140,8 @@ def _gain(pairing: Pairing, epochs: int) -> str:
     if pairing.interval is None:
         return f"{gain} (one pair, which proves nothing)"
     low, high = pairing.interval
-    return f"{gain} ({len(pairing.seeds)} pairs, 95 % confidence interval {low:+.2f} to {high:+.2f})"
+    zero = ", which includes zero" if low <= 0 <= high else ""
+    return f"{gain} ({len(pairing.seeds)} pairs, 95 % confidence interval {low:+.2f} to {high:+.2f}{zero})"
 
 
 def _missing(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> list[Planned]:
