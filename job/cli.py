@@ -6,6 +6,7 @@ import json
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -229,7 +230,7 @@ def compare(runs: tuple[str, ...], report: str | None) -> None:
     """Compare RUNS (folders or gs://...; a parent folder means all runs below it)."""
     from job import comparison
 
-    if report and "://" in report:
+    if report and ("://" in report or Path(report).is_file()):
         raise UsageError(f"--report must be a local folder, not {report!r}; example: --report report")
     summaries, skipped = comparison.load_runs(runs)
     click.echo(comparison.text_report(summaries, skipped))

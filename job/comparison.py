@@ -148,7 +148,7 @@ def caveats(runs: Sequence[RunSummary]) -> list[str]:
     same: dict[Any, list[str]] = defaultdict(list)
     for run in runs:
         if run.complete:
-            same[run.shape, run.conditions, run.model, run.identity.seed].append(run.location)
+            same[run.repeats].append(run.location)
     repeated = [locations for locations in same.values() if len(locations) > 1]
     return found + [
         f"one run in several places, the first is paired: {', '.join(places)}" for places in repeated

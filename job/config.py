@@ -63,10 +63,8 @@ class Network:
     def parameters(self) -> int:
         """Variables of the network, the moving statistics among them; Keras counts the same."""
         normalization = 4  # scale, offset, mean and variance of each channel
-        total, inputs = (
-            3 * normalization + 3 * 9 * self.filters + self.filters * (1 + normalization),
-            self.filters,
-        )
+        inputs = self.filters
+        total = 3 * normalization + 9 * 3 * inputs + inputs * (1 + normalization)
         for stage, count in enumerate(self.blocks):
             outputs = self.filters << stage
             for index in range(count):

@@ -54,9 +54,8 @@ def _with_equal_singular_values(matrix: tf.Tensor) -> tf.Tensor:
     loses its small eigenvalues to the short products of GPUs (TF32).
     """
     a, b, c = QUINTIC
-    matrix = tf.math.divide_no_nan(
-        matrix, tf.reduce_max(tf.abs(matrix))
-    )  # else squares leave float32's range
+    # Twice, as the squares in the norm may leave float32's range.
+    matrix = tf.math.divide_no_nan(matrix, tf.reduce_max(tf.abs(matrix)))
     matrix = tf.math.divide_no_nan(matrix, tf.norm(matrix))
     for _ in range(ITERATIONS):
         gram = tf.matmul(matrix, matrix, transpose_a=True)

@@ -115,6 +115,11 @@ class RunSummary:
         return self.identity.network.blocks, self.identity.network.filters
 
     @property
+    def repeats(self) -> tuple[Any, ...]:
+        """Equal for copies of a run, of which one counts."""
+        return self.model, self.shape, self.conditions, self.identity.seed, self.complete
+
+    @property
     def conditions(self) -> tuple[tuple[str, Any], ...]:
         """What else two runs must share for their difference to be due to the network."""
         values = self.identity.to_json()
@@ -231,7 +236,7 @@ def without_copies(runs: Iterable[RunSummary]) -> list[RunSummary]:
     """The runs, those of one network, seed and state once: the first."""
     first: dict[Any, RunSummary] = {}
     for run in runs:
-        first.setdefault((run.model, run.shape, run.conditions, run.identity.seed, run.complete), run)
+        first.setdefault(run.repeats, run)
     return list(first.values())
 
 

@@ -460,7 +460,11 @@ def test_compare_reads_a_bucket(run: Run, tmp_path: Path, gcs_bucket: str) -> No
 
 @pytest.mark.parametrize(
     ("report", "code", "message"),
-    [("gs://bucket/report", 2, "must be a local folder"), ("a-file", 74, "a-file")],
+    [
+        ("gs://bucket/report", 2, "must be a local folder"),
+        ("a-file", 2, "must be a local folder"),
+        ("a-file/below", 74, "a-file/below"),
+    ],
 )
 def test_a_report_that_cannot_be_written_says_why(
     run: Run, tmp_path: Path, report: str, code: int, message: str

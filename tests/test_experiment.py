@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from job import cifar10
+from job.comparison import Pairing
 from job.config import FORMAT
 from job.summaries import NAMES
 from tests.test_house import ROOT, run_make
@@ -233,6 +234,15 @@ def test_when_all_is_finished_the_finding_has_its_interval_and_nothing_is_missin
     assert str(DEPTH_FIGURE.relative_to(ROOT)) in text
     assert "Not finished yet" not in text
     assert "Finished are 14." in text
+
+
+def test_equal_pairs_are_not_called_one_pair() -> None:
+    equal = Pairing(title="", seeds=(0, 1), differences=(2.0, 2.0), layers=20)
+    assert keep_results._gain(equal, 10).endswith("(2 pairs, all equal, which give no interval)")
+    alone = Pairing(title="", seeds=(0,), differences=(-2.0,), layers=20)
+    assert keep_results._gain(alone, 10).endswith(
+        "2.00 points lower at 20 layers after 10 epochs (one pair, which proves nothing)"
+    )
 
 
 def test_what_is_not_finished_is_named() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from job import trainer
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import contenders, job_worker, report
 from tests.benchmarks.contenders import Contender, Machine, Workload
@@ -111,6 +112,13 @@ def test_without_pytorch_its_rows_say_how_to_get_it() -> None:
 def test_one_gpu_is_not_shared() -> None:
     assert not {"job-2-replicas", "job-2-workers"} & runnable(GPU)
     assert {"job-2-replicas", "job-2-workers"} <= runnable(CPU)
+
+
+def test_all_evaluate_as_many_images_at_a_time_as_the_job() -> None:
+    assert contenders.EVALUATION_BATCH == trainer.EVALUATION_BATCH
+    everyone = contenders.evaluators(contenders.contenders(NEWER_CPU, torch=True))
+    assert {"torch-bfloat16", "keras-xla-off-bfloat16", "job-float32"} <= {one.name for one in everyone}
+    assert {one.options[-2:] for one in everyone} == {("--batch-size", str(trainer.EVALUATION_BATCH))}
 
 
 @pytest.mark.parametrize(("index", "expected"), [(0, {0, 5}), (1, {2, 7})])

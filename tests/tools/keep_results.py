@@ -85,13 +85,18 @@ def keep(location: str, kept: Path = KEPT) -> list[str]:
         if folder.name not in wanted:
             shutil.rmtree(folder)
     names = []
-    for place in find_runs(location)[0]:
+    places, unreadable = find_runs(location)
+    for error in unreadable:
+        print(f"cannot be read: {error}")
+    for place in places:
         name = place.rstrip("/").rpartition("/")[2]
         with closing(open_store(place)) as store:
             config, record = read_config(store), read_record(store)
         if config and record.state == "complete" and len(record.history) == wanted.get(name):
             _write(kept / name, config, record)
             names.append(name)
+        else:
+            print(f"passed over, because it is unfinished or not of the plan: {place}")
     return names
 
 
@@ -137,8 +142,10 @@ def _sentence(found: Sequence[Pairing], epochs: dict[int, int]) -> str:
 def _gain(pairing: Pairing, epochs: int) -> str:
     gain = f"{abs(pairing.mean):.2f} points {'higher' if pairing.mean >= 0 else 'lower'}"
     gain += f" at {pairing.layers} layers after {epochs} epochs"
-    if pairing.interval is None:
+    if len(pairing.seeds) == 1:
         return f"{gain} (one pair, which proves nothing)"
+    if pairing.interval is None:
+        return f"{gain} ({len(pairing.seeds)} pairs, all equal, which give no interval)"
     low, high = pairing.interval
     zero = ", which includes zero" if low <= 0 <= high else ""
     return f"{gain} ({len(pairing.seeds)} pairs, 95 % confidence interval {low:+.2f} to {high:+.2f}{zero})"
