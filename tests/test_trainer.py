@@ -152,6 +152,16 @@ def test_a_float16_step_is_scaled_back() -> None:
         assert np.linalg.norm(left - right) <= 0.3 * np.linalg.norm(right - old) + 1e-6
 
 
+def test_the_recipe_fast_moves_convolutions_by_orthogonal_steps() -> None:
+    trainer = trainer_of(identity_of(recipe="fast"))
+    (kernel, *_) = [variable for variable in trainer.network.trainable_variables if len(variable.shape) == 4]
+    before = kernel.numpy()
+    steps(trainer, 1)
+    moved = np.linalg.svd((kernel.numpy() - before).reshape(-1, kernel.shape[-1]), compute_uv=False)
+    assert np.median(moved) == pytest.approx(RATE, rel=0.35)
+    assert moved.max() < 1.3 * RATE
+
+
 @pytest.mark.parametrize("split", [(1, 1, 1, 1), (4,), (1, 3), (2, 2)])
 def test_no_bit_depends_on_how_steps_are_split_into_calls(split: Any) -> None:
     reference, trainer = trainer_of(), trainer_of()
