@@ -4,8 +4,9 @@
 MODEL  ?=
 # further options of the command, e.g. ARGS="--epochs 2"
 ARGS   ?=
-DATA   ?= data
-RUNS   ?= runs
+# the job's own variables count here, too
+DATA   ?= $(or $(JOB_DATA),data)
+RUNS   ?= $(or $(JOB_OUTPUT),runs)
 # the environment, and the Python to make it with (else the first suitable one of PYTHONS)
 VENV   ?= .venv
 # for `bench`: 1, or a Python that has PyTorch
@@ -59,6 +60,7 @@ BUILD        = $(DOCKER) build --build-arg VERSION=$(VERSION) $(BUILD_ARGS) \
 KUBERNETES := 1.31 1.37
 NAMESPACE  := cifar-residual-job
 OURS       := app.kubernetes.io/part-of=$(NAMESPACE)
+TRAINING   := app.kubernetes.io/component=training
 OVERLAY    ?=
 ALL        ?=
 # the user's own kubectl, which knows the way into their cluster, else the environment's
@@ -80,30 +82,30 @@ help: ## list the commands
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY) ## train both networks on the embedded sample and compare them (one to three minutes)
-	$(JOB) train --model resnet --data sample --output $(RUNS)/demo $(DEMO_ARGS)
-	$(JOB) train --model plainnet --data sample --output $(RUNS)/demo $(DEMO_ARGS)
-	$(JOB) compare $(RUNS)/demo --report $(RUNS)/demo/report
+	$(JOB) train --model resnet --data sample --output "$(RUNS)/demo" $(DEMO_ARGS)
+	$(JOB) train --model plainnet --data sample --output "$(RUNS)/demo" $(DEMO_ARGS)
+	$(JOB) compare "$(RUNS)/demo" --report "$(RUNS)/demo/report"
 
 ##@ The real thing
 data: $(READY) ## download CIFAR-10 into DATA and verify every file
-	$(JOB) data fetch --to $(DATA) $(ARGS)
+	$(JOB) data fetch --to "$(DATA)" $(ARGS)
 
-run: $(READY) ## train MODEL=resnet or MODEL=plainnet [ARGS="--epochs 2 ..."]
+run: $(READY) ## train MODEL=resnet or MODEL=plainnet [DATA= RUNS= ARGS="--epochs 2 ..."]
 	@test -n "$(MODEL)" || { echo "MODEL must be resnet or plainnet, but it is empty; example: make run MODEL=resnet" >&2; exit 2; }
-	$(JOB) train --model $(MODEL) $(ARGS)
+	JOB_DATA="$(DATA)" JOB_OUTPUT="$(RUNS)" $(JOB) train --model $(MODEL) $(ARGS)
 
 # TensorBoard opens on the first of its pages; the address that it prints is made to open on ours, unsmoothed.
 tensorboard: SHELL := bash
 tensorboard: .SHELLFLAGS := -o pipefail -c
 tensorboard: $(READY) ## show the runs of RUNS in a browser, both networks in one chart [PORT=6006]
 	@echo "TensorBoard reads $(RUNS); in a few seconds it names the address to open."
-	@TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/tensorboard --logdir $(RUNS) --port $(PORT) $(ARGS) 2>&1 | \
+	@TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/tensorboard --logdir "$(RUNS)" --port $(PORT) $(ARGS) 2>&1 | \
 		sed -u 's|\(http://[^ ]*/\) (Press|\1#custom_scalars\&_smoothingWeight=0 (Press|'
 
 experiment: $(READY) ## train what is missing of the paired experiment (many hours on two cores), and compare [EXPERIMENT= EPOCHS= SEEDS= PRECISION=float32]
 	$(foreach seed,$(SEEDS),$(foreach blocks,$(SHAPES),$(call TWINS,--blocks $(blocks) --filters $(FILTERS) --seed $(seed) --epochs $(or $(EPOCHS),10))))
 	$(call TWINS,$(ARTICLE) --seed 0 --epochs $(or $(EPOCHS),3))
-	$(JOB) compare $(EXPERIMENT) --report $(EXPERIMENT)/report
+	$(JOB) compare "$(EXPERIMENT)" --report "$(EXPERIMENT)/report"
 
 ##@ Containers
 docker-build: ## build the images for training and for TensorBoard [IMAGE= BUILD_ARGS= DOCKER=podman]
@@ -113,6 +115,7 @@ docker-build: ## build the images for training and for TensorBoard [IMAGE= BUILD
 docker-run: ## train MODEL=resnet or MODEL=plainnet in a container [DATA= OUTPUT=gs://... EPOCHS= ARGS=]
 	@test -n "$(MODEL)" || { echo "MODEL must be resnet or plainnet, but it is empty; example: make docker-run MODEL=resnet" >&2; exit 2; }
 	@$(DOCKER) image inspect $(JOB_IMAGE) > /dev/null 2>&1 || $(MAKE) --no-print-directory docker-build
+	@$(SAY_STALE)
 	@$(AS_CALLER); $(WITH_GPUS); $(WITH_DATA); $(call WITH_OUTPUT); $(WITH_CREDENTIALS); set -x; \
 	$(DOCKER) run "$$@" $(DOCKER_ARGS) $(JOB_IMAGE) train --model $(MODEL) $(if $(EPOCHS),--epochs $(EPOCHS)) $(ARGS)
 
@@ -153,14 +156,14 @@ k8s-status: ## show the Jobs, their pods and what they use
 
 k8s-logs: ## print the logs of all pods of MODEL=resnet or MODEL=plainnet [ARGS=--follow]
 	@test -n "$(MODEL)" || { echo "MODEL must be resnet or plainnet, but it is empty; example: make k8s-logs MODEL=resnet" >&2; exit 2; }
-	$(CLUSTER) logs -l app.kubernetes.io/component=training,app.kubernetes.io/name=$(MODEL) \
-		--all-containers --prefix --ignore-errors --tail=-1 --max-log-requests=20 $(ARGS)
+	$(if $(filter -f --follow,$(ARGS)),@$(WAIT_FOR_TRAINING))
+	$(CLUSTER) logs -l $(TRAINING),app.kubernetes.io/name=$(MODEL) \
+		--all-containers --prefix --ignore-errors --tail=-1 --max-log-requests=100 $(ARGS)
 
-k8s-tensorboard: ## show the cluster's runs at localhost:6006, also when no training pod is left [PORT=]
+k8s-tensorboard: ## show the cluster's runs at localhost:6006, also when all Jobs have ended [PORT=]
 	@if test -z "$$($(CLUSTER) get deployment tensorboard -o 'jsonpath={.status.availableReplicas}')" && \
-		test -z "$$($(CLUSTER) get pods -l app.kubernetes.io/component=training -o name \
-			--field-selector=status.phase!=Succeeded,status.phase!=Failed)"; then \
-		echo "No training pod is left for TensorBoard to be beside: it may start anywhere, until the next k8s-apply."; \
+		! $(CLUSTER) get jobs -l $(TRAINING) -o 'jsonpath=$(JOB_ENDS)' | grep -q '=$$'; then \
+		echo "All Jobs have ended, so TensorBoard has no pod to be beside: it may start anywhere, until the next k8s-apply."; \
 		$(CLUSTER) patch deployment tensorboard --type=merge -p '{"spec":{"template":{"spec":{"affinity":null}}}}'; \
 	fi
 	$(CLUSTER) rollout status deployment/tensorboard --timeout=5m
@@ -205,7 +208,7 @@ check: $(READY) ## format, lint and types, changing nothing
 	$(BIN)/mypy
 
 keep-results: $(READY) ## keep the finished runs of EXPERIMENT in .github/experiment and README.md
-	$(BIN)/python -m tests.tools.keep_results $(EXPERIMENT)
+	$(BIN)/python -m tests.tools.keep_results "$(EXPERIMENT)"
 
 format: $(READY) ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix-only .
@@ -264,7 +267,7 @@ endef
 # A run of the experiment as a line of its recipe: one that is finished says so, one that is not goes on.
 define TRAIN
 
-	JOB_DATA=$(DATA) $(JOB) train --output $(EXPERIMENT) --precision $(PRECISION) --commit-every 5min $(1) $(ARGS)
+	JOB_DATA="$(DATA)" $(JOB) train --output "$(EXPERIMENT)" --precision $(PRECISION) --commit-every 5min $(1) $(ARGS)
 endef
 
 # TensorBoard itself names the address of its first page only, and in a container another port.
@@ -274,6 +277,24 @@ endef
 
 define CHECK_MANIFESTS
 test -d $(MANIFESTS) || { echo "OVERLAY must be one of: $(notdir $(wildcard k8s/overlays/*)); not $(OVERLAY)" >&2; exit 2; }
+endef
+
+# A line a Job: its name, and True where it is complete or has failed.
+JOB_ENDS = {range .items[*]}{.metadata.name}={.status.conditions[?(@.type=="Complete")].status}{.status.conditions[?(@.type=="Failed")].status}{"\n"}{end}
+
+# `kubectl logs --follow` shows what has started and waits for nothing.
+define WAIT_FOR_TRAINING
+trains() { $(CLUSTER) get pods -l $(TRAINING),app.kubernetes.io/name=$(MODEL) \
+	-o 'jsonpath={.items[*].status.containerStatuses[*].state}' | grep -qE 'running|terminated'; }; \
+trains || echo "$(MODEL) does not train yet: make k8s-status says why, make k8s-logs MODEL=$(MODEL) shows a download."; \
+until trains; do sleep 2; done
+endef
+
+# An image keeps the code that it was built from, until somebody builds it again.
+define SAY_STALE
+built="$$($(DOCKER) image inspect --format '{{index .Config.Labels "org.opencontainers.image.revision"}}' $(JOB_IMAGE))"; \
+here="$$(git rev-parse HEAD 2>/dev/null)" || here="$$built"; \
+test "$$built" = "$$here" || echo "$(JOB_IMAGE) was built from commit $$built; this is $$here: make docker-build renews it."
 endef
 
 # What a container gets, as options of `run` in the shell's "$$@".

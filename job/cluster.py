@@ -110,6 +110,9 @@ def _sum_function(strategy: tf.distribute.Strategy, replicas_of_worker: int) -> 
     return summed
 
 
+_ADDRESS = re.compile(r"[^:]+:\d+")
+
+
 @dataclass(frozen=True)
 class WorkerGroup:
     """The processes that train one network together."""
@@ -133,7 +136,7 @@ class WorkerGroup:
             hosts = tuple(pattern.replace("{index}", str(number)) for number in range(settings.workers))
         else:
             hosts = tuple(pattern.split(","))
-        if len(hosts) != settings.workers or not all(re.fullmatch(r"[^:]+:\d+", host) for host in hosts):
+        if len(hosts) != settings.workers or not all(_ADDRESS.fullmatch(host) for host in hosts):
             raise UsageError(
                 f"--worker-hosts must give host:port of {settings.workers} workers, not {pattern!r}; "
                 "example: --worker-hosts resnet-{index}.resnet:2222"
@@ -153,6 +156,10 @@ class WorkerGroup:
             hosts = (*chiefs, *config["cluster"].get("worker", []))
             task = config["task"]
             index = int(task["index"]) + (len(chiefs) if task["type"] == "worker" else 0)
+            if not all(_ADDRESS.fullmatch(host) for host in hosts):
+                raise ValueError(f"its hosts must be host:port, not {', '.join(hosts)}")
+            if not 0 <= index < len(hosts):
+                raise ValueError(f"it has {len(hosts)} workers, and this task would be number {index}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"TF_CONFIG must name a cluster of workers and this task, but {error!r}; example: "

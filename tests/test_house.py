@@ -239,10 +239,11 @@ def test_every_make_target_is_phony() -> None:
 
 
 def commands_in(document: str) -> Iterator[str]:
-    """Make targets named in code spans and code blocks of a Markdown text."""
+    """Make targets named in code spans, fenced blocks and indented blocks of a Markdown text."""
     yield from re.findall(r"`make ([a-z][a-z0-9-]*)", document)
     for block in re.findall(r"^```.*?^```", document, re.MULTILINE | re.DOTALL):
         yield from re.findall(r"^\s*(?:\$ )?make ([a-z][a-z0-9-]*)", block, re.MULTILINE)
+    yield from re.findall(r"^    make ([a-z][a-z0-9-]*)", document, re.MULTILINE)
 
 
 def test_documents_name_only_make_targets_that_exist() -> None:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import job
 from job import cifar10, cli, errors, networks
 from job.config import RECIPES, Network, Recipe
 from tests.test_cli import COMMANDS, command_of
@@ -54,6 +55,12 @@ def after(mark: str) -> str:
 def codes(cell: str) -> list[str]:
     """What a cell shows in code style."""
     return re.findall(r"`([^`]+)`", cell)
+
+
+def test_images_have_this_versions_tag() -> None:
+    run = re.search(r"docker run (?:.*\\\n)*\s+(\S+) train", chapter("In containers"))
+    assert run
+    assert run[1] == f"cifar-residual-job:{job.__version__}"
 
 
 # --- options

@@ -21,7 +21,7 @@ DOUBLE = """#!/usr/bin/env python3
 import json, sys
 if sys.argv[1:2] == ["--version"]: print({version!r})
 elif sys.argv[1:2] == ["info"]: print({security!r})
-elif sys.argv[1:3] == ["image", "inspect"]: sys.exit({absent})
+elif sys.argv[1:3] == ["image", "inspect"]: print({revision!r}); sys.exit({absent})
 else:
     with open({calls!r}, "a") as file: print(json.dumps(sys.argv[1:]), file=file)
     sys.exit({code} if sys.argv[1] == "run" else 0)
@@ -53,10 +53,13 @@ class House:
         version: str = "Docker version 27.3.1, build ce12230",
         security: str = "[name=seccomp,profile=builtin name=cgroupns]",
         absent: int = 0,
+        revision: str = "",
         code: int = 0,
     ) -> None:
         calls = str(self.folder / "calls")
-        text = DOUBLE.format(version=version, security=security, absent=absent, calls=calls, code=code)
+        text = DOUBLE.format(
+            version=version, security=security, absent=absent, revision=revision, calls=calls, code=code
+        )
         self.program(name, text)
 
     def user(self, number: int) -> None:
@@ -218,6 +221,17 @@ def test_a_missing_image_is_built_first(house: House) -> None:
     names = [call[call.index("--tag") + 1] for call in house.calls() if call[0] == "build"]
     assert names == ["mine:2", "mine-tensorboard:2"]
     assert "mine:2" in house.calls()[-1]
+
+
+def test_an_image_of_another_commit_is_used_and_named(house: House) -> None:
+    command = ["git", "rev-parse", "HEAD"]
+    here = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    for revision, said in (("0123abc", True), (here, False)):
+        house.engine(revision=revision)
+        made = house.make("docker-run", "MODEL=resnet")
+        assert made.returncode == 0, made.stderr
+        assert ("make docker-build renews it" in made.stdout) == said
+        assert (f"commit {revision};" in made.stdout) == said
 
 
 def test_a_failed_run_fails_make(house: House) -> None:

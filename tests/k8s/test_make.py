@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,9 @@ case "$*" in
     kustomize*) exec {tool("kubectl")} "$@" ;;
     "apply -f -") cat > {tmp_path}/applied.yaml ;;
     *availableReplicas*) printf "$AVAILABLE" ;;
-    *"get pods"*) printf "$TRAINING" ;;
+    *"get jobs"*) printf "$JOBS" ;;
+    *"get pods"*) printf '%s' "$STATES"; test ! -e {tmp_path}/started || echo '{{"running":{{}}}}' ;;
+    *"logs "*) test -e {tmp_path}/started || exit 1 ;;
 esac
 echo "$*" >> {tmp_path}/calls
 """
@@ -33,7 +36,7 @@ echo "$*" >> {tmp_path}/calls
     kubectl.chmod(0o755)
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        kept = {"AVAILABLE": "", "TRAINING": ""} | {
+        kept = {"AVAILABLE": "", "JOBS": "", "STATES": ""} | {
             name: value for name, value in os.environ.items() if name in ("PATH", "HOME")
         }
         return subprocess.run(
@@ -115,10 +118,11 @@ def test_delete_keeps_namespace_and_volume_unless_all_shall_go(make: Make, tmp_p
 
 
 def test_logs_are_those_of_one_network(make: Make, tmp_path: Path) -> None:
-    assert make("k8s-logs", "MODEL=plainnet", "ARGS=--follow").returncode == 0
+    (tmp_path / "started").touch()
+    assert make("k8s-logs", "MODEL=plainnet", "ARGS=--since=1h").returncode == 0
     (call,) = calls(tmp_path)
     assert call.startswith("logs -l app.kubernetes.io/component=training,app.kubernetes.io/name=plainnet ")
-    assert call.endswith(" --follow")
+    assert call.endswith(" --since=1h")
     (pod,) = (pod for pod in load("base").training_pods if pod.name == "plainnet")
     assert pod.labels["app.kubernetes.io/component"] == "training"
     refused = make("k8s-logs")
@@ -126,17 +130,40 @@ def test_logs_are_those_of_one_network(make: Make, tmp_path: Path) -> None:
     assert "make k8s-logs MODEL=resnet" in refused.stderr
 
 
+def test_logs_are_followed_once_the_network_trains(make: Make, tmp_path: Path) -> None:
+    def start() -> None:
+        (tmp_path / "started").touch()
+
+    starting = threading.Timer(1, start)
+    starting.start()
+    finished = make("k8s-logs", "MODEL=resnet", "ARGS=--follow", STATES='{"waiting":{}}')
+    starting.join()
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("resnet does not train yet") == 1
+    *asked, last = calls(tmp_path)
+    assert len(asked) >= 2
+    assert all(call.startswith("get pods -l ") and "app.kubernetes.io/name=resnet" in call for call in asked)
+    assert last.startswith("logs -l ")
+    assert last.endswith(" --follow")
+
+
 FREED = 'patch deployment tensorboard --type=merge -p {"spec":{"template":{"spec":{"affinity":null}}}}'
 
 
 @pytest.mark.parametrize(
-    ("available", "training", "freed"),
-    [("1", "pod/resnet-x", False), ("1", "", False), ("", "pod/resnet-x", False), ("", "", True)],
+    ("available", "jobs", "freed"),
+    [
+        ("1", "resnet=\\nplainnet=True\\n", False),
+        ("1", "resnet=True\\n", False),
+        ("", "resnet=\\nplainnet=True\\n", False),  # it runs, or waits for a GPU or in a queue
+        ("", "resnet=True\\nplainnet=True\\n", True),
+        ("", "", True),
+    ],
 )
-def test_tensorboard_is_freed_from_the_training_pods_only_when_none_is_left(
-    make: Make, tmp_path: Path, available: str, training: str, freed: bool
+def test_tensorboard_is_freed_from_the_training_pods_only_when_every_job_has_ended(
+    make: Make, tmp_path: Path, available: str, jobs: str, freed: bool
 ) -> None:
-    finished = make("k8s-tensorboard", AVAILABLE=available, TRAINING=training)
+    finished = make("k8s-tensorboard", AVAILABLE=available, JOBS=jobs)
     assert finished.returncode == 0, finished.stderr
     assert (FREED in calls(tmp_path)) == freed
     assert calls(tmp_path)[-2:] == [

@@ -30,8 +30,24 @@ def test_tf_config_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": task}
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
     assert group_of(monkeypatch) == cluster.WorkerGroup(("a:1", "b:1"), 1)
-    monkeypatch.setenv("TF_CONFIG", "{}")
-    with pytest.raises(UsageError, match="TF_CONFIG must name a cluster"):
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{}", "cluster"),
+        ("not JSON", "Expecting value"),
+        ('{"cluster": {"worker": ["a", "b"]}, "task": {"type": "worker", "index": 0}}', "not a, b"),
+        ('{"cluster": {"worker": [1, 2]}, "task": {"type": "worker", "index": 0}}', "expected string"),
+        ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}', "number 2"),
+        ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": -1}}', "number -1"),
+    ],
+)
+def test_a_tf_config_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, config: str, message: str
+) -> None:
+    monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(UsageError, match=f"TF_CONFIG must name a cluster .*{message}"):
         group_of(monkeypatch)
 
 
