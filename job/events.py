@@ -75,11 +75,16 @@ def segments(
     """
     builders = _run_builders(config, sample_grid, graph)
     for entry in record["history"]:
-        for split in ("train", "validation"):
-            builders[f"{split}/{segment_name(entry['step'])}"] = partial(_epoch_segment, entry, split)
+        for split, name in epoch_segments(entry).items():
+            builders[name] = partial(_epoch_segment, entry, split)
     if record["result"] is not None:
         builders |= _final_builders(record)
     return {name: build() for name, build in builders.items() if name not in existing}
+
+
+def epoch_segments(entry: Json) -> dict[str, str]:
+    """Names of the event files of an epoch, by what they are about."""
+    return {split: f"{split}/{segment_name(entry['step'])}" for split in ("train", "validation")}
 
 
 def segment_name(step: int, suffix: str = "") -> str:

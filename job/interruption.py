@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 
 from job.errors import Interrupted
 
@@ -32,7 +31,6 @@ class Interruption:
         self._deadline = float("inf")  # time.monotonic()
         self._requested = threading.Event()
         self._unsaved = False
-        self._callbacks: list[Callable[[float], None]] = []
 
     def install(self) -> None:
         """Take SIGTERM and SIGINT over. Main thread only, and before TensorFlow is imported."""
@@ -56,23 +54,12 @@ class Interruption:
         if self.requested and not value:
             self._exit("nothing is unsaved")
 
-    def on_request(self, callback: Callable[[float], None]) -> None:
-        """Call back once, with the seconds left, in the watchdog's thread, so without waiting or raising."""
-        self._callbacks.append(callback)
-
-    def raise_if_requested(self) -> None:
-        """Raise Interrupted after a signal."""
-        if self.requested:
-            raise Interrupted("a signal asked the job to stop; run the same command again to continue")
-
     def _watch(self) -> None:
         self._next_signal(timeout=None)
         self._deadline = time.monotonic() + self._grace_seconds - MARGIN_SECONDS
         self._requested.set()
         if not self._unsaved:
             self._exit("nothing is unsaved")
-        for callback in self._callbacks:
-            callback(self.seconds_left)
         if self._next_signal(timeout=max(0.0, self.seconds_left)):
             self._exit("a second signal came")
         self._exit(f"the grace of {self._grace_seconds:g} s is over")
@@ -86,7 +73,7 @@ class Interruption:
         return signal.sigtimedwait(SIGNALS, timeout) is not None
 
     def _exit(self, reason: str) -> None:
-        message = f"Interrupted: {reason}; the last commit is intact, the same command continues."
+        message = f"Interrupted: {reason}; what is committed is intact, the same command continues."
         if self._as_json:
             message = json.dumps({"severity": "ERROR", "message": message})
         # os.write, not print: another thread may hold the stream's lock for ever.

@@ -1,7 +1,8 @@
 """What people read of a run, made from its record alone: TensorBoard segments, model.keras, result.json.
 
 All of it is written after the swap that makes it true, create-only, and made again by any later start where
-it is missing. So a kill between the swap and these files loses nothing, and nothing is ever written twice.
+it is missing. So a kill between the swap and these files loses nothing, and nothing is ever written twice
+(but the segments of epochs that are trained again, because their commit was damaged: those are withdrawn).
 
 The result of a run that was extended is the one thing that gets old. An attempt that was frozen before it
 wrote the shorter result may write it at any time later, so whoever publishes a result replaces one that
@@ -11,7 +12,7 @@ differs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -47,6 +48,11 @@ class Publication:
         if record.state == "complete":
             self._publish_result(record, existing)
 
+    @staticmethod
+    def names(history: Iterable[dict[str, Any]]) -> set[str]:
+        """Files that these epochs lead to: their segments, and the result of a run that ends with them."""
+        return {MODEL, RESULT} | {name for entry in history for name in events.epoch_segments(entry).values()}
+
     def _publish_result(self, record: Record, existing: dict[str, str]) -> None:
         """Write model and result, unless a newer attempt owns the run.
 
@@ -69,15 +75,16 @@ class Publication:
                     create()
 
     def _copy_model(self, record: Record, existing: dict[str, str]) -> None:
-        checkpoint = record.commits[0].name
-        try:
-            self._store.copy(checkpoint, MODEL)
-        except NotFound as error:
-            if MODEL not in existing:
-                raise InvalidData(
-                    f"{self._store.location} is complete, but {checkpoint} and {MODEL} are missing; "
-                    "restore one of them"
-                ) from error
+        """Make model.keras of the newest checkpoint; where that is gone, the model that is there will do."""
+        if record.commits:
+            with suppress(NotFound):
+                self._store.copy(record.commits[0].name, MODEL)
+                return
+        if MODEL not in existing:
+            raise InvalidData(
+                f"{self._store.location} is complete, but its newest checkpoint and {MODEL} are missing; "
+                "restore one of them"
+            )
 
 
 def create_once(store: Store, name: str, data: bytes) -> None:

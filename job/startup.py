@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from job.errors import ResourceUnavailable
+
 # Written before the log level applies, or at the level of errors on every machine without a GPU's driver.
 NOISE = re.compile(
     rb"All log messages before absl::InitializeLog|cudart_stub\.cc|computation_placer\.cc"
@@ -17,6 +19,20 @@ NOISE = re.compile(
     rb"|Unable to register cu\w+ factory|TF-TRT Warning|port\.cc.*oneDNN|To enable the following instructions"
     rb"|cuda_platform\.cc.*(303|no CUDA-capable device|CUDA_ERROR_NO_DEVICE)"
 )
+
+
+def check_processor() -> None:
+    """Refuse a processor for which TensorFlow would end the process, without a word that gets through.
+
+    Raises:
+        ResourceUnavailable: it has no AVX, as in virtual machines of a very general processor model.
+    """
+    flags = processor_flags()
+    if flags and "avx" not in flags:
+        raise ResourceUnavailable(
+            "TensorFlow needs a processor with AVX, and this one has none; in a virtual machine, pass the "
+            "host's processor model through (QEMU: -cpu host)"
+        )
 
 
 def set_environment(*, filters: int) -> None:

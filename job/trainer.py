@@ -108,7 +108,7 @@ class Trainer:
         self._logits = keras.Model(self.network.input, self.network.get_layer("logits").output)
         self.train_split = DeviceSplit(train, self._strategy)
         self._forward_backward = (
-            tf.function(self._loss_and_gradients, jit_compile=True) if xla else (self._loss_and_gradients)
+            tf.function(self._loss_and_gradients, jit_compile=True) if xla else self._loss_and_gradients
         )
         # Dynamic shapes: one trace serves every number of steps and the smaller last batch of an epoch.
         self._train_call = tf.function(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,6 @@ from job import cluster as hardware
 from job.batches import EpochPlan, steps_per_epoch
 from job.checkpoints import (
     Claim,
-    Commit,
     Follower,
     Progress,
     Record,
@@ -30,7 +30,7 @@ from job.checkpoints import (
     superseded_error,
 )
 from job.cifar10 import Dataset, Split
-from job.cluster import Cluster
+from job.cluster import Cluster, Precision
 from job.config import Identity, Settings, check_batches
 from job.errors import (
     Diverged,
@@ -50,6 +50,13 @@ from job.trainer import DeviceSplit, Predictions, Trainer
 
 CALL_SECONDS = 0.5  # one call lasts about so long: it bounds the reaction to a signal
 SAVING_SECONDS = 8.0  # of the grace that a last commit may use on the network
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
+# What no lost peer can cause.
+OWN_FAILURES = (
+    tf.errors.ResourceExhaustedError,
+    tf.errors.InvalidArgumentError,
+    tf.errors.UnimplementedError,
+)
 
 
 def train(settings: Settings, interruption: Interruption, reporter: Reporter) -> dict[str, Any]:
@@ -63,28 +70,75 @@ def train(settings: Settings, interruption: Interruption, reporter: Reporter) ->
     """
     with closing(storage.open_store(settings.output)) as runs:
         runs.check()
-    dataset = cifar10.load(cifar10.locate(settings.data))
+        dataset = cifar10.load(cifar10.locate(settings.data))
+        identity = _identity_of(settings, dataset, runs, reporter)
     splits = Splits.of(dataset, settings.holdout)
-    identity = settings.identity(
-        precision=hardware.resolve_precision(settings.precision, filters=settings.network.filters),
-        data_sha256=dataset.sha256,
-    )
-    location = storage.join(settings.output, settings.name or identity.default_name)
-    with closing(storage.open_store(location)) as store:
-        claim = Claim(store, identity, settings=asdict(settings))
+    with _claim(settings, identity) as claim:
         if finished := _already_finished(claim, settings, splits, reporter):
             return finished
-        cluster = hardware.connect(settings)
-        check_batches(
-            batch_size=settings.batch_size, images=len(splits.train.labels), replicas=cluster.replicas
-        )
-        xla = hardware.resolve_xla(settings.xla, cluster, sync_batch_norm=settings.sync_batch_norm)
-        with _peers(cluster), _run_of(claim, settings, cluster) as run:
-            reporter.note(f"{location}: attempt {run.record.attempt} on {', '.join(cluster.devices)}")
+    cluster = hardware.connect(settings)
+    check_batches(batch_size=settings.batch_size, images=len(splits.train.labels), replicas=cluster.replicas)
+    xla = hardware.resolve_xla(settings.xla, cluster, sync_batch_norm=settings.sync_batch_norm)
+    with _peers(cluster):
+        identity = _agreed(identity, settings, cluster)
+        with _claim(settings, identity) as claim, _run_of(claim, settings, cluster) as run:
+            reporter.note(
+                f"{run.store.location}: attempt {run.record.attempt} on {', '.join(cluster.devices)}"
+            )
             # Several workers stop together, at the same step: none may leave at once by itself.
             interruption.unsaved(cluster.workers > 1)
             attempt = Attempt(settings, identity, cluster, splits, run, interruption, reporter, xla=xla)
             return attempt.run()
+
+
+def _identity_of(settings: Settings, dataset: Dataset, runs: Store, reporter: Reporter) -> Identity:
+    """What run these settings name; ``--precision auto`` stays with what the run began in, if it exists.
+
+    Else a job that moves to other hardware would begin anew, under another name.
+    """
+    fastest = hardware.resolve_precision(settings.precision, filters=settings.network.filters)
+    candidates = [fastest] if settings.precision != "auto" else sorted(PRECISIONS, key=fastest.__ne__)
+    for precision in candidates:
+        identity = settings.identity(precision=precision, data_sha256=dataset.sha256)
+        name = settings.name or identity.default_name
+        config = read_config(runs, name)
+        if config and Identity.from_json(config["identity"]) == identity:
+            if precision != fastest:
+                reporter.note(f"{name} computes in {precision}, as it began; {fastest} would be faster here")
+            return identity
+    return settings.identity(precision=fastest, data_sha256=dataset.sha256)
+
+
+@contextmanager
+def _claim(settings: Settings, identity: Identity) -> Iterator[Claim]:
+    """What this attempt may claim: the identity's run, in its place."""
+    location = storage.join(settings.output, settings.name or identity.default_name)
+    with closing(storage.open_store(location)) as store:
+        yield Claim(store, identity, settings=asdict(settings))
+
+
+def _agreed(identity: Identity, settings: Settings, cluster: Cluster) -> Identity:
+    """The chief's identity, for all workers: they must have been asked for the same run.
+
+    Raises:
+        IdentityConflict: some worker was asked for another.
+    """
+    mine = {**identity.to_json(), "epochs": settings.epochs}
+    chiefs: dict[str, Any] = json.loads(cluster.from_chief(json.dumps(mine).encode()))
+    if settings.precision == "auto":  # the chief's hardware decides for all
+        mine["precision"] = chiefs["precision"]
+    differences = [
+        f"{key}: {mine[key]!r}, not {chiefs.get(key)!r}" for key in mine if mine[key] != chiefs.get(key)
+    ]
+    if cluster.any_worker(bool(differences)):
+        raise IdentityConflict(
+            f"worker {cluster.index} was asked for another run than worker 0 ({'; '.join(differences)}); "
+            "give all workers the same options"
+            if differences
+            else "another worker was asked for another run than worker 0, as its log says; give all workers "
+            "the same options"
+        )
+    return replace(identity, precision=chiefs["precision"])
 
 
 @dataclass(frozen=True)
@@ -114,7 +168,7 @@ def _peers(cluster: Cluster) -> Iterator[None]:
         cluster.part()
         raise
     except tf.errors.OpError as error:
-        if cluster.workers == 1:
+        if cluster.workers == 1 or isinstance(error, OWN_FAILURES):
             raise
         raise ResourceUnavailable(
             f"worker {cluster.index} lost a peer: {error.message[:200]}; the last commit is intact, "
@@ -181,8 +235,10 @@ class Attempt:
     ) -> None:
         self._settings, self._identity, self._cluster, self._splits = settings, identity, cluster, splits
         self._run, self._interruption, self._reporter = run, interruption, reporter
-        self._on_gpu = cluster.on_gpu
-        if settings.deterministic if settings.deterministic is not None else not cluster.on_gpu:
+        deterministic = settings.deterministic
+        if deterministic is None:
+            deterministic = not cluster.on_gpu  # where it costs speed
+        if deterministic:
             tf.config.experimental.enable_op_determinism()
         self._twin = portable.plain_twin(
             identity.network, identity.recipe, precision=identity.precision, seed=identity.seed
@@ -209,13 +265,12 @@ class Attempt:
 
     def _restore(self) -> None:
         """Continue from the newest whole commit, or start from fresh weights."""
-        chief = self._cluster.is_chief
+        chief, before = self._cluster.is_chief, self._run.record.history
         restored = self._run.restore(portable.load) if chief else None
         # The chief names the commit that all restore: it may have passed over a damaged one.
         record = self._cluster.from_chief(self._run.record.to_bytes())
         if not chief:
-            self._run.record = Record.from_bytes(record, self._run.store.location)
-            restored = self._run.restore(portable.load)
+            restored = self._restore_as(Record.from_bytes(record, self._run.store.location))
         state, self._progress = restored or (portable.state_of(self._twin), Progress())
         self._history, self._confusion = list(self._run.record.history), self._run.record.confusion
         if restored:
@@ -224,9 +279,19 @@ class Attempt:
         self._trainer.state = state
         self._committed = (self._progress.step, time.monotonic())
         if chief:
-            self._run.withdraw_result()
+            self._run.withdraw(Publication.names(before[len(self._history) :]))
             self._run.prune_lower_attempts()
             self._publication.publish(self._run.record)
+
+    def _restore_as(self, chiefs: Record) -> tuple[portable.State, Progress] | None:
+        """Restore the chief's commit and no other: workers of different steps would train nonsense."""
+        self._run.record = replace(chiefs, commits=chiefs.commits[:1])
+        try:
+            return self._run.restore(portable.load)
+        except InvalidData as error:
+            raise StorageFailed(
+                f"worker {self._cluster.index} cannot read the commit from which worker 0 continues: {error}"
+            ) from error
 
     def _train_epoch(self) -> None:
         """Finish the epoch under way, call by call."""
@@ -247,14 +312,14 @@ class Attempt:
         progress = self._progress
         count = self._steps_of_next_call()
         batches = plan.batches(first=progress.batch, count=count, batch_size=self._identity.batch_size)
-        rates = np.array([self._rate(progress.step + index) for index in range(count)], np.float32)
+        rates = [self._learning_rate(progress.step + index) for index in range(count)]
         started = time.perf_counter()
-        sums = self._trainer.train_steps(batches, rates)
+        sums = self._trainer.train_steps(batches, np.array(rates, np.float32))
         seconds = time.perf_counter() - started
         self._interruption.unsaved(True)
-        self._check_finite(sums.loss)
+        self._check_finite(sums.loss, "loss of", progress.step + 1)
         images, traced = batches.order.size, self._step_seconds is None
-        self._step_seconds = seconds / count if not traced else 0.0
+        self._step_seconds = seconds / images * self._identity.batch_size if not traced else 0.0
         self._progress = replace(
             progress,
             step=progress.step + count,
@@ -282,22 +347,28 @@ class Attempt:
         fitting = int(CALL_SECONDS / self._step_seconds) if self._step_seconds else 1
         return self._cluster.number_from_chief(max(1, min(most, fitting)))
 
-    def _rate(self, step: int) -> float:
+    def _learning_rate(self, step: int) -> float:
         return self._identity.recipe.rate(step, self._settings.epochs * self._steps_per_epoch)
 
-    def _check_finite(self, losses: Any) -> None:
+    def _check_finite(self, losses: Any, what: str, step: int) -> None:
+        """Raise Diverged at the first loss that is not finite; they are of ``step`` and those after it."""
         if np.isfinite(losses).all():
             return
         self._run.wait()
         first = int(np.argmin(np.isfinite(losses)))
-        commits = self._run.record.commits
-        good = f"of step {commits[0].progress.step}" if commits else "none"
+        kept = self._kept()
         if self._cluster.is_chief:
             self._run.swap(state="diverged")
         raise Diverged(
-            f"the loss of step {self._progress.step + first + 1} is {losses[first]}, not a finite number; "
-            f"the last good commit is {good}; try a smaller --learning-rate"
+            f"the {what} step {step + first} is {losses[first]}, not a finite number; "
+            f"{kept}; try a smaller --learning-rate"
         )
+
+    def _kept(self) -> str:
+        if not self._cluster.is_chief:
+            return "worker 0 says what is committed"
+        commits = self._run.record.commits
+        return f"step {commits[0].progress.step} is committed" if commits else "nothing is committed yet"
 
     def _report_progress(self) -> None:
         progress = self._progress
@@ -305,7 +376,7 @@ class Attempt:
             f"epoch {progress.epoch + 1}/{self._settings.epochs}",
             progress.batch,
             self._steps_per_epoch,
-            images_per_second=_rate(progress.timed_images, progress.timed_seconds),
+            images_per_second=_per_second(progress.timed_images, progress.timed_seconds),
             loss=progress.loss_sum / progress.images,
         )
 
@@ -315,9 +386,9 @@ class Attempt:
         predictions = self._predict(self._validation)
         seconds = time.perf_counter() - started
         validation = predictions.summary(self._validation.labels_on_host)
-        self._check_finite(np.array([validation["loss"]]))
-        self._confusion = predictions.confusion(self._validation.labels_on_host)
         progress = self._progress
+        self._check_finite(np.array([validation["loss"]]), "validation loss after", progress.step)
+        self._confusion = predictions.confusion(self._validation.labels_on_host)
         entry = {
             "epoch": progress.epoch,
             "step": progress.step,
@@ -325,8 +396,8 @@ class Attempt:
             "train": {
                 "loss": progress.loss_sum / progress.images,
                 "accuracy": progress.correct / progress.images,
-                "learning_rate": self._rate(progress.step - 1),
-                "images_per_second": _rate(progress.timed_images, progress.timed_seconds),
+                "learning_rate": self._learning_rate(progress.step - 1),
+                "images_per_second": _per_second(progress.timed_images, progress.timed_seconds),
                 "seconds": progress.seconds,
             },
             "validation": {**validation, "seconds": seconds},
@@ -363,7 +434,7 @@ class Attempt:
         step, moment = self._committed
         epoch = self._progress.epoch
         due = {
-            "epoch": epoch_ended and (epoch % cadence.count == 0 or epoch == self._settings.epochs),
+            "epoch": epoch_ended and epoch % cadence.count == 0,
             "steps": self._progress.step - step >= cadence.count,
             "seconds": time.monotonic() - moment >= cadence.count,
         }
@@ -402,10 +473,8 @@ class Attempt:
         self._run.store.hurry(min(SAVING_SECONDS, self._interruption.seconds_left))
         lost = self._save_last_steps()
         self._wait_for_chief()
-        commits = self._run.record.commits
-        kept = f"step {commits[0].progress.step} is committed" if commits else "nothing is committed yet"
         raise Interrupted(
-            f"a signal asked the job to stop; {kept}{lost}, run the same command again to continue"
+            f"a signal asked the job to stop; {self._kept()}{lost}, run the same command again to continue"
         )
 
     def _all_is_committed(self) -> bool:
@@ -493,7 +562,7 @@ class Attempt:
         return summary, predictions.confusion(labels)
 
 
-def _rate(count: int, seconds: float) -> float:
+def _per_second(count: int, seconds: float) -> float:
     return count / seconds if seconds else 0.0
 
 
@@ -504,16 +573,19 @@ def versions() -> dict[str, str]:
 
 
 def evaluate(location: str, *, data: str | None, replicas: int | None = None) -> dict[str, Any]:
-    """Recompute the accuracy of a run's newest commit, on every image of its validation and test sets.
+    """Recompute the accuracy of a run's newest whole commit, on every image of its validation and test sets.
 
     Raises:
         MissingInput: no run, or no commit, is there.
+        InvalidData: no commit can be read.
         IdentityConflict: the data is not the run's.
     """
     cluster = hardware.connect(Settings(replicas=replicas))
     with closing(storage.open_store(location)) as store:
         identity, record = _identity_and_record(store)
-        state = _newest_state(store, record.commits[0])
+        restored = Follower(store, record).restore(portable.load)
+    assert restored, "a run with commits restores one, or raises"
+    state, progress = restored
     dataset = cifar10.load(cifar10.locate(data))
     if dataset.sha256 != identity.data_sha256:
         raise IdentityConflict(
@@ -532,7 +604,7 @@ def evaluate(location: str, *, data: str | None, replicas: int | None = None) ->
         )
         for name, split in evaluated.items()
     }
-    return {"run": location, "step": record.commits[0].progress.step, "on": splits.validates_on, **results}
+    return {"run": location, "step": progress.step, "on": splits.validates_on, **results}
 
 
 def _identity_and_record(store: Store) -> tuple[Identity, Record]:
@@ -543,15 +615,3 @@ def _identity_and_record(store: Store) -> tuple[Identity, Record]:
     if config is None or not record.commits:
         raise MissingInput(f"{store.location} must hold a run with at least one commit, but holds none")
     return Identity.from_json(config["identity"]), record
-
-
-def _newest_state(store: Store, commit: Commit) -> portable.State:
-    path = store.staging() / f"evaluate-{time.time_ns()}.keras"
-    try:
-        store.download(commit.name, path)
-        if storage.crc32c(path) != commit.crc32c:
-            raise InvalidData(f"{store.location}/{commit.name} is damaged: its crc32c is not the record's")
-        return portable.load(path)
-    finally:
-        with suppress(OSError):
-            path.unlink()

@@ -17,8 +17,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
 from job import checkpoints
-from job.checkpoints import CONFIG, MODEL, RECORD, RESULT, Claim, Commit, Progress, Record, Run, read_record
-from job.errors import Diverged, IdentityConflict, InvalidData, StorageFailed, Superseded
+from job.checkpoints import (
+    CONFIG,
+    MODEL,
+    RECORD,
+    RESULT,
+    Claim,
+    Commit,
+    Follower,
+    Progress,
+    Record,
+    Run,
+    read_config,
+    read_record,
+)
+from job.errors import Diverged, IdentityConflict, InvalidData, MissingInput, StorageFailed, Superseded
 from job.storage import AlreadyExists, LocalStore, crc32c
 from tests.durability.protocol import (
     IDENTITY,
@@ -348,15 +361,42 @@ def test_the_result_before_the_claim_is_withdrawn_and_a_newer_attempts_is_not(
     play(store)
     lingering = claim()  # to train more epochs; it is frozen here
     newer = claim()
-    newer.withdraw_result()
+    newer.withdraw({MODEL, RESULT})
     assert not {MODEL, RESULT} & versions(store).keys()
     commit(newer, 12)
     store.copy(newer.record.commits[0].name, MODEL)
     store.create(RESULT, b"{}")
     before = versions(store)
-    lingering.withdraw_result()
+    lingering.withdraw({MODEL, RESULT})
     lingering.prune_lower_attempts()
     assert versions(store) == before
+
+
+def test_a_record_that_somebody_deleted_is_said_to_be_gone(
+    store: LocalStore, claim: Callable[[], Run]
+) -> None:
+    run = claim()
+    store.delete(RECORD, store.read(RECORD)[1])
+    with pytest.raises(Superseded, match=r"record\.json is gone"):
+        commit(run, 3)
+
+
+def test_a_worker_whose_storage_is_another_is_told_so(store: LocalStore, claim: Callable[[], Run]) -> None:
+    run = claim()
+    commit(run, 3)
+    with contextlib.closing(LocalStore(f"{store.location}-of-another-host")) as elsewhere:
+        follower = Follower(elsewhere, run.record)
+        with pytest.raises(MissingInput, match="several workers need the same --output"):
+            follower.restore(read_payload)
+
+
+def test_a_configuration_of_no_network_is_garbage(store: LocalStore, claim: Callable[[], Run]) -> None:
+    claim()
+    config = json.loads(store.read(CONFIG)[0])
+    store.delete(CONFIG, store.read(CONFIG)[1])
+    store.create(CONFIG, json.dumps(config | {"identity": config["identity"] | {"model": "moon"}}).encode())
+    with pytest.raises(InvalidData, match="is not a run's configuration: .*moon"):
+        read_config(store)
 
 
 def test_the_fence_is_seen_without_a_swap_too(
@@ -559,7 +599,7 @@ class Histories(RuleBasedStateMachine):
         named = {entry.name for entry in read_record(self.store).commits}
         before = versions(self.store)
         attempt.run.prune_lower_attempts()
-        attempt.run.withdraw_result()
+        attempt.run.withdraw({MODEL, RESULT})
         after = versions(self.store)
         assert {name for name in named if name in before} <= after.keys()
         mine = attempt.run.record.attempt

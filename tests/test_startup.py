@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from job import cluster, startup
+from job.errors import ResourceUnavailable
 
 AVX2 = {"avx2", "fma"}
 AVX512 = {*AVX2, "avx512f"}
@@ -25,6 +26,15 @@ def test_onednn_is_used_where_channels_fill_its_vectors(
     monkeypatch.setattr(os, "environ", {})
     startup.set_environment(filters=filters)
     assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == onednn
+
+
+def test_a_processor_that_tensorflow_cannot_use_is_refused_before_its_import(monkeypatch: Any) -> None:
+    for flags in (AVX2 | {"avx"}, set()):  # where Linux lists no flags, nothing is known
+        monkeypatch.setattr(startup, "processor_flags", lambda flags=flags: flags)
+        startup.check_processor()
+    monkeypatch.setattr(startup, "processor_flags", lambda: {"sse4_2"})
+    with pytest.raises(ResourceUnavailable, match="needs a processor with AVX"):
+        startup.check_processor()
 
 
 def test_the_users_own_choice_stays(monkeypatch: Any) -> None:

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing import event_file_loader
+from tensorboard.compat.proto import event_pb2
 
-from job import cifar10, portable, training
+from job import cifar10, events, portable, training
 from job import cluster as hardware
-from job.checkpoints import Record
+from job.checkpoints import Follower, Record
 from job.config import Cadence, Settings, recipe_of
-from job.errors import Diverged, IdentityConflict, Interrupted, MissingInput, UsageError
+from job.errors import (
+    Diverged,
+    IdentityConflict,
+    Interrupted,
+    MissingInput,
+    ResourceUnavailable,
+    StorageFailed,
+    UsageError,
+)
 from job.reporting import Reporter
+from job.storage import open_store
 from job.trainer import Trainer
 from tests.support import TINY, assert_same_state, cluster_of, dataset_of
 
@@ -235,11 +250,144 @@ def test_divergence_names_the_step_and_the_last_good_commit(monkeypatch: Any) ->
 
     monkeypatch.setattr(Trainer, "train_steps", explode)
     monkeypatch.setattr(training, "CALL_SECONDS", 1e-9)
-    with pytest.raises(Diverged, match=r"loss of step 8 is nan.*commit is of step 7"):
+    with pytest.raises(Diverged, match=r"the loss of step 8 is nan.*; step 7 is committed"):
         train()
     record = record_of("runs/run")
     assert record.state == "diverged"
     assert record.commits[0].progress.step == 7
+
+
+def test_a_validation_loss_that_is_not_finite_names_the_step_before_it(monkeypatch: Any) -> None:
+    inner = Trainer.predict
+
+    def explode(self: Trainer, split: Any, **rest: Any) -> Any:
+        predictions = inner(self, split, **rest)
+        return replace(predictions, loss=predictions.loss * np.float32("inf"))
+
+    monkeypatch.setattr(Trainer, "predict", explode)
+    with pytest.raises(Diverged, match=r"validation loss after step 7 is inf.*; nothing is committed yet"):
+        train()
+
+
+def test_a_smaller_last_batch_does_not_lengthen_the_calls_after_it(monkeypatch: Any) -> None:
+    """At 0.01 s an image, 3 steps of 16 images fit in half a second; the last step of an epoch has 12."""
+    clock, calls = itertools.count(), []
+    now = [0.0]
+    inner = Trainer.train_steps
+
+    def timed(self: Trainer, batches: Any, rates: Any) -> Any:
+        calls.append(len(rates))
+        sums = inner(self, batches, rates)
+        now[0] += 0.01 * batches.order.size
+        return sums
+
+    monkeypatch.setattr(Trainer, "train_steps", timed)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0] + 1e-9 * next(clock))
+    train()
+    assert calls == [1, 1, 3, 1, 1, 3, 3, 1]
+
+
+def damage_newest_commit(run: str) -> None:
+    Path(run, record_of(run).commits[0].name).write_bytes(b"garbage")
+
+
+def test_epochs_that_are_trained_again_are_shown_as_they_were_trained_last() -> None:
+    train()
+    before = record_of("runs/run").history
+    damage_newest_commit("runs/run")
+    train(replace(SETTINGS, epochs=3))
+    after = record_of("runs/run").history
+    assert [entry["step"] for entry in after] == [7, 14, 21]
+    assert after[0] == before[0]
+    assert after[1]["wall_time"] > before[1]["wall_time"]
+    for entry in after:
+        for name in events.epoch_segments(entry).values():
+            loader = event_file_loader.RawEventFileLoader(str(Path("runs/run", name)))
+            times = {event_pb2.Event.FromString(data).wall_time for data in loader.Load()}
+            assert times == {entry["wall_time"]}
+
+
+def test_evaluate_takes_the_newest_whole_commit() -> None:
+    train()
+    damage_newest_commit("runs/run")
+    evaluated = training.evaluate("runs/run", data="tiny")
+    assert evaluated["step"] == 7
+    first = record_of("runs/run").history[0]["validation"]
+    assert evaluated["validation"] == {key: first[key] for key in ("loss", "accuracy")}
+
+
+# --- what run it is
+
+
+def test_a_run_stays_in_the_precision_that_it_began_in(monkeypatch: Any, capsys: Any) -> None:
+    settings = replace(SETTINGS, name=None, epochs=1)
+    fastest = "float32"
+
+    def resolve(wanted: str, *, filters: int) -> str:
+        return fastest if wanted == "auto" else wanted
+
+    monkeypatch.setattr(hardware, "resolve_precision", resolve)
+    train(settings)
+    (run,) = Path("runs").glob("resnet*")
+    fastest = "bfloat16"  # the next attempt finds other hardware
+    train(replace(settings, epochs=2))
+    assert list(Path("runs").glob("resnet*")) == [run]
+    assert len(record_of(str(run)).history) == 2
+    assert (
+        f"{run.name} computes in float32, as it began; bfloat16 would be faster here"
+        in capsys.readouterr().err
+    )
+    train(replace(settings, precision="bfloat16"))
+    assert len(list(Path("runs").glob("resnet*"))) == 2
+
+
+def worker(index: int, chiefs: Settings) -> Any:
+    """A worker whose chief was started with these settings."""
+    identity = chiefs.identity(precision="float32", data_sha256="5" * 64)
+    data = json.dumps({**identity.to_json(), "epochs": chiefs.epochs}).encode()
+    return SimpleNamespace(
+        index=index, workers=2, is_chief=False, from_chief=lambda mine: data, any_worker=bool
+    )
+
+
+def test_workers_take_the_chiefs_precision_and_nothing_else() -> None:
+    mine = SETTINGS.identity(precision="bfloat16", data_sha256="5" * 64)
+    agreed = training._agreed(mine, SETTINGS, worker(1, SETTINGS))
+    assert agreed == replace(mine, precision="float32")
+    for other, message in (
+        (replace(SETTINGS, seed=1), "seed: 0, not 1"),
+        (replace(SETTINGS, epochs=3), "epochs: 2, not 3"),
+        (replace(SETTINGS, recipe=recipe_of("article", 0.5)), "recipe_values: "),
+    ):
+        with pytest.raises(IdentityConflict, match=f"worker 1 was asked for another run .*{message}"):
+            training._agreed(mine, SETTINGS, worker(1, other))
+    with pytest.raises(IdentityConflict, match="precision: 'bfloat16', not 'float32'"):
+        training._agreed(mine, replace(SETTINGS, precision="bfloat16"), worker(1, SETTINGS))
+
+
+def test_workers_restore_the_chiefs_commit_or_none() -> None:
+    train()
+    record = record_of("runs/run")
+    attempt = object.__new__(training.Attempt)
+    attempt._cluster = worker(1, SETTINGS)
+    with closing(open_store("runs/run")) as store:
+        attempt._run = Follower(store)
+        restored = attempt._restore_as(record)
+        assert restored
+        assert restored[1].step == 14
+        damage_newest_commit("runs/run")
+        with pytest.raises(StorageFailed, match="worker 1 cannot read the commit from which worker 0"):
+            attempt._restore_as(record)
+
+
+def test_only_what_a_lost_peer_can_cause_is_called_a_lost_peer() -> None:
+    with pytest.raises(tf.errors.ResourceExhaustedError), training._peers(worker(1, SETTINGS)):
+        raise tf.errors.ResourceExhaustedError(None, None, "no memory")
+    with (
+        pytest.raises(ResourceUnavailable, match="worker 1 lost a peer: reset"),
+        training._peers(worker(1, SETTINGS)),
+    ):
+        raise tf.errors.UnavailableError(None, None, "reset")
 
 
 def test_evaluate_needs_a_run_and_its_data(monkeypatch: Any) -> None:

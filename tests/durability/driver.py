@@ -148,6 +148,7 @@ def _create(stop: Stop, inner: Callable[..., Any], store: Any, name: str, data: 
 
 
 def _half_written(stop: Stop, inner: Callable[..., Any], twin: Any, state: Any, path: Path) -> None:
+    stop.at("write")
     inner(twin, state, path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])

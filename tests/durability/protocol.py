@@ -156,7 +156,7 @@ def play(store: Store, *, run_class: type[Run] = Run, epochs: int = EPOCHS) -> N
 def _train(run: Run, epochs: int) -> None:
     digest, progress = run.restore(read_payload) or (0, Progress())
     history, committed = list(run.record.history), progress.step
-    run.withdraw_result()
+    run.withdraw({MODEL, RESULT})
     run.prune_lower_attempts()
     publish(run.store, run.record)
     while progress.epoch < epochs:

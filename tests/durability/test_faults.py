@@ -82,9 +82,10 @@ def put(store: Store, name: str, data: bytes | None) -> None:
         store.create(name, data)
 
 
-def test_a_full_disk(disk: Path, place_in: Callable[[str], Place], reference: Outcome) -> None:
+@pytest.mark.parametrize("point", ["write", "half written"])
+def test_a_full_disk(point: str, disk: Path, place_in: Callable[[str], Place], reference: Outcome) -> None:
     place = place_in(str(disk / "runs"))
-    job = place.stopped_at("half written", 3)
+    job = place.stopped_at(point, 3)
     filler = fill(disk)
     job.send(signal.SIGCONT)
     assert job.wait() == StorageFailed.exit_code, job.text
@@ -174,8 +175,8 @@ def test_a_rate_that_is_far_too_high(place: Place) -> None:
     assert job.wait() == Diverged.exit_code, job.text
     record = read_record(place.store)
     assert record.state == "diverged"
-    good = f"of step {record.commits[0].progress.step}" if record.commits else "none"
-    assert f"the last good commit is {good}" in job.text
+    kept = f"step {record.commits[0].progress.step}" if record.commits else "nothing"
+    assert f"not a finite number; {kept} is committed" in job.text
     assert "try a smaller --learning-rate" in job.text
     check_readers_are_safe(place.store)
 

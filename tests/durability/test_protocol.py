@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from job import storage
-from job.checkpoints import MODEL, RECORD, RESULT, Progress, Run
+from job.checkpoints import RECORD, Progress, Run
 from job.gcs import GcsStore
 from job.storage import AlreadyExists, Conflict, LocalStore, Store
 from tests.durability.protocol import publish
@@ -106,9 +106,9 @@ class PruneWhatIsUnnamed(Run):
 class WithdrawWhatIsThere(Run):
     """A lingering attempt takes a newer one's result for an old one."""
 
-    def withdraw_result(self) -> None:
+    def withdraw(self, names: Collection[str]) -> None:
         for entry in self.store.list():
-            if entry.name in (MODEL, RESULT):
+            if entry.name in names:
                 self.store.delete(entry.name, entry.version)
 
 

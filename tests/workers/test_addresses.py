@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from job import cluster
 from job.config import Settings
 from job.errors import UsageError
+from tests.workers.groups import free_ports
 
 
 def group_of(
@@ -39,6 +43,7 @@ def test_tf_config_wins(monkeypatch: pytest.MonkeyPatch) -> None:
         ("not JSON", "Expecting value"),
         ('{"cluster": {"worker": ["a", "b"]}, "task": {"type": "worker", "index": 0}}', "not a, b"),
         ('{"cluster": {"worker": [1, 2]}, "task": {"type": "worker", "index": 0}}', "expected string"),
+        ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "evaluator", "index": 0}}', "evaluator"),
         ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}', "number 2"),
         ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": -1}}', "number -1"),
     ],
@@ -64,3 +69,22 @@ def test_impossible_groups_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         group_of(monkeypatch, index, workers=2, worker_hosts=hosts)
+
+
+def test_hosts_without_a_number_of_workers_are_refused() -> None:
+    with pytest.raises(UsageError, match="--worker-hosts a:1 needs --workers of 2 or more, not 1"):
+        Settings(worker_hosts="a:1")
+
+
+def test_a_worker_answers_its_peers_however_long_it_waits() -> None:
+    """Each peer asks twice a second; a queue of calls that nobody takes would be full after a minute."""
+    mine, late = (f"127.0.0.1:{port}" for port in free_ports(2))
+    meeting = threading.Thread(target=cluster._meet, args=[cluster.WorkerGroup((mine, late), 0)], daemon=True)
+    meeting.start()
+    for _ in range(4):
+        time.sleep(0.7)
+        assert all(cluster._answers(mine) for _ in range(50))
+    assert meeting.is_alive()
+    with socket.create_server(("127.0.0.1", int(late.rpartition(":")[2]))):
+        meeting.join(timeout=5)
+    assert not meeting.is_alive()

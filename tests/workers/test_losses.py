@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from job.checkpoints import read_record
+from job.errors import IdentityConflict
+from job.storage import NotFound
 from tests.durability.jobs import Job
 from tests.durability.outcome import Outcome
 from tests.workers.groups import Place
@@ -131,3 +134,14 @@ class Life:
         assert f"worker {self.other} lost a peer" in self.group.jobs[self.other].text
         assert self.seconds is not None
         assert self.seconds < LOST_SECONDS, self.name
+
+
+def test_workers_that_were_asked_for_different_runs_train_nothing(place: Place) -> None:
+    group = place.group(2)
+    group.begin(0)
+    group.options += ("--seed", "1")
+    group.begin(1)
+    assert group.wait() == [IdentityConflict.exit_code] * 2, group.text
+    assert "worker 1 was asked for another run than worker 0 (seed: 1, not 0)" in group.jobs[1].text
+    with pytest.raises(NotFound):
+        read_record(place.store)
