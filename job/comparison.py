@@ -1,8 +1,9 @@
 """Runs -> one honest table, the paired difference between the networks, and pictures.
 
 The question is the article's: does a ResNet beat its twin without skip connections? Two single runs cannot
-answer it, so differences are taken between runs that share everything but the skip connections, seed by
-seed, and come with their number and their confidence interval.
+answer it, so differences are taken seed by seed, and come with their number and their confidence interval.
+Runs of equal settings and seed see the same images in the same order. Their initial weights are equal only
+up to ResNet's first projection, which shifts the stream of seeds for all that is made after it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from job.fetching import disk_errors
 from job.figures import curves_figure, depth_figure, plots_extra
@@ -34,7 +35,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Pairing:
-    """ResNet minus PlainNet over the seeds that twins share, in percentage points of final test accuracy."""
+    """Differences in percentage points, one a seed: ResNet minus PlainNet, or how that changes with depth."""
 
     title: str
     seeds: tuple[int, ...]
@@ -90,7 +91,7 @@ class Pairing:
 
 
 def pairings(runs: Iterable[RunSummary]) -> list[Pairing]:
-    """Pair finished runs that agree in all but the skip connections; one entry per depth and setting."""
+    """Pair finished runs of equal settings and seed, ResNet and PlainNet; one entry per depth and setting."""
     groups: dict[Any, list[RunSummary]] = defaultdict(list)
     for run in without_copies(runs):
         if run.complete:
@@ -98,24 +99,24 @@ def pairings(runs: Iterable[RunSummary]) -> list[Pairing]:
     return [_pairing(_title(group[0], groups.values()), group) for group in groups.values()]
 
 
-def growth(found: Iterable[Pairing]) -> list[Pairing]:
-    """By how much the difference grows from the shallowest to the deepest network, seed by seed.
+def depth_changes(found: Iterable[Pairing]) -> list[Pairing]:
+    """By how much the difference changes from the shallowest to the deepest network, seed by seed.
 
     The article's guess: "the difference should be bigger on deeper networks".
     """
     families: dict[Any, list[Pairing]] = defaultdict(list)
     for pairing in found:
         families[pairing.family].append(pairing)
-    grown = []
+    changes = []
     for members in families.values():
         shallow, deep = (choose(members, key=lambda pairing: pairing.layers) for choose in (min, max))
         seeds = [seed for seed in deep.seeds if seed in shallow.seeds]
         one_of_each_depth = len({pairing.layers for pairing in members}) == len(members) > 1
         if one_of_each_depth and seeds:
-            title = f"the difference grows from {shallow.layers} layers to {deep.title}"
+            title = f"change of the difference from {shallow.layers} layers to {deep.title}"
             gains = tuple(deep.of_seed(seed) - shallow.of_seed(seed) for seed in seeds)
-            grown.append(Pairing(title=title, seeds=tuple(seeds), differences=gains))
-    return grown
+            changes.append(Pairing(title=title, seeds=tuple(seeds), differences=gains))
+    return changes
 
 
 def _pairing(title: str, runs: Sequence[RunSummary]) -> Pairing:
@@ -177,7 +178,13 @@ def _difference(fields: Sequence[str], values: Sequence[Any], runs: Sequence[Run
 
 # -- text ----------------------------------------------------------------------------------------------------
 
-Column = tuple[str, Callable[[RunSummary], str]]
+
+class Column(NamedTuple):
+    """A column of the table: its title, and what it says of a run."""
+
+    title: str
+    cell: Callable[[RunSummary], str]
+    shared: str = ""  # said below the terminal's table where all runs agree; "": the column always stays
 
 
 def _percent(value: float | None) -> str:
@@ -194,47 +201,77 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-COLUMNS: tuple[Column, ...] = (
-    ("run", lambda run: run.name),
-    ("model", lambda run: NAMES[run.model]),
-    ("layers", lambda run: str(run.layers)),
-    ("filters", lambda run: str(run.shape[1])),
-    ("parameters", lambda run: f"{run.identity.network.parameters:,}"),
-    ("recipe", lambda run: run.identity.recipe.name),
-    ("seed", lambda run: str(run.identity.seed)),
-    ("epochs", _progress),
-    ("validation", lambda run: _percent(run.validation_accuracy)),
-    ("on", lambda run: run.validated_on),
-    ("test", lambda run: _percent(run.test_accuracy)),
-    ("highest*", lambda run: _percent(run.highest_accuracy)),
-    ("train", lambda run: _percent(run.train_accuracy)),
-    ("images/s", lambda run: "-" if run.images_per_second is None else f"{run.images_per_second:,.0f}"),
-    ("time", lambda run: _duration(run.seconds)),
-    ("state", lambda run: run.state),
+COLUMNS = (
+    Column("run", lambda run: run.name),
+    Column("model", lambda run: NAMES[run.model]),
+    Column("layers", lambda run: str(run.layers), "{} layers"),
+    Column("filters", lambda run: str(run.shape[1]), "{} filters"),
+    Column("parameters", lambda run: f"{run.identity.network.parameters:,}", "{} parameters"),
+    Column("recipe", lambda run: run.identity.recipe.name, "recipe {}"),
+    Column("seed", lambda run: str(run.identity.seed), "seed {}"),
+    Column("epochs", _progress, "{} epochs"),
+    Column("validation", lambda run: _percent(run.validation_accuracy)),
+    Column("on", lambda run: run.validated_on, "validated on the {}"),
+    Column("test", lambda run: _percent(run.test_accuracy)),
+    Column("highest*", lambda run: _percent(run.highest_accuracy)),
+    Column("train", lambda run: _percent(run.train_accuracy)),
+    Column("images/s", lambda run: "-" if run.images_per_second is None else f"{run.images_per_second:,.0f}"),
+    Column("time", lambda run: _duration(run.seconds)),
+    Column("state", lambda run: run.state, "{}"),
 )
 LEFT = ("run", "model", "recipe", "on", "state")  # columns of words; numbers are aligned on the right
 
 
 def _columns(runs: Sequence[RunSummary]) -> list[Column]:
     held_out = any(run.identity.holdout for run in runs)
-    return [column for column in COLUMNS if held_out or column[0] != "test"]
+    return [column for column in COLUMNS if held_out or column.title != "test"]
+
+
+def _shared(runs: Sequence[RunSummary]) -> list[Column]:
+    """The columns that tell no run from another, because all of several runs agree in them."""
+    if len(runs) < 2:
+        return []
+    candidates = [column for column in _columns(runs) if column.shared]
+    return [column for column in candidates if len({column.cell(run) for run in runs}) == 1]
+
+
+def _said_of_all(column: Column, run: RunSummary) -> str:
+    """What all runs share, by the words of one of them: "10 epochs", "1 epoch"."""
+    cell = column.cell(run)
+    text = column.shared.format(cell)
+    return text.removesuffix("s") if cell == "1" else text
 
 
 def _footnote(runs: Sequence[RunSummary]) -> str:
     images = " or ".join(dict.fromkeys(run.validated_on for run in runs))
-    return f"* highest of all epochs, on the {images}, optimistic; validation: after the last epoch."
+    return (
+        f"* highest of all epochs, on the {images}, optimistic; validation: after the last epoch;\n"
+        "  train: the mean over that epoch, while the weights still moved."
+    )
 
 
 def table(runs: Sequence[RunSummary]) -> str:
-    """The runs as aligned text, one a line."""
-    columns = _columns(runs)
-    rows = [[title for title, _ in columns], *([cell(run) for _, cell in columns] for run in runs)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, columns, strict=True)
-        lines.append("  ".join(c.ljust(w) if t in LEFT else c.rjust(w) for c, w, (t, _) in cells).rstrip())
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], _footnote(runs)])
+    """The runs as aligned text, one a line; what all of them share is said once, below."""
+    shared = _shared(runs)
+    columns = [column for column in _columns(runs) if column not in shared]
+    rows = [[column.title for column in columns]]
+    rows += [[column.cell(run) for column in columns] for run in runs]
+    lines = _aligned(rows)
+    below = [_footnote(runs)]
+    if shared:
+        below.insert(0, f"all: {', '.join(_said_of_all(column, runs[0]) for column in shared)}")
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *below])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row; the first has the titles, which decide on which side their columns are aligned."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    padded = [
+        [cell.ljust(width) if column[0] in LEFT else cell.rjust(width) for cell in column]
+        for column, width in zip(columns, widths, strict=True)
+    ]
+    return ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
 
 
 def text_report(runs: Sequence[RunSummary], skipped: Sequence[Skipped] = ()) -> str:
@@ -250,7 +287,7 @@ def text_report(runs: Sequence[RunSummary], skipped: Sequence[Skipped] = ()) -> 
 
 def _findings(runs: Sequence[RunSummary], indent: str) -> list[str]:
     paired = pairings(runs)
-    found = [f"{indent}{pairing}" for pairing in [*paired, *growth(paired)]]
+    found = [f"{indent}{pairing}" for pairing in [*paired, *depth_changes(paired)]]
     return found or [f"{indent}no pairs: no run is complete."]
 
 
@@ -259,8 +296,9 @@ def markdown_report(
 ) -> str:
     """comparison.md; ``depth`` says that depth.png exists beside it."""
     columns = _columns(runs)
-    rows = [[title for title, _ in columns], [":--" if title in LEFT else "--:" for title, _ in columns]]
-    rows += [[cell(run) for _, cell in columns] for run in runs]
+    titles = [column.title for column in columns]
+    rows = [titles, [":--" if title in LEFT else "--:" for title in titles]]
+    rows += [[column.cell(run) for column in columns] for run in runs]
     rows = [[cell.replace("*", "\\*").replace("|", "\\|") for cell in row] for row in rows]
     lines = ["# ResNet against PlainNet", ""]
     lines += [f"> **Warning:** {caveat}.\n" for caveat in caveats(runs)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from job.summaries import (
     RunSummary,
     distinction,
     final_accuracy_of,
-    has_rival,
+    needs_blocks,
     size_of,
     without_copies,
 )
@@ -66,7 +66,7 @@ class _Series:
 def curves_figure(runs: Sequence[RunSummary], panels: Sequence[tuple[str, str]] = PANELS) -> Figure:
     """Draw metrics per epoch of both networks: mean over seeds, band from lowest to highest.
 
-    One depth makes two columns of panels; several make a row each.
+    One depth makes two columns of panels; several make a row each. All panels of accuracy have one scale.
     """
     with plots_extra():
         from matplotlib.figure import Figure
@@ -78,6 +78,7 @@ def curves_figure(runs: Sequence[RunSummary], panels: Sequence[tuple[str, str]] 
     figure = Figure(figsize=(10.5 if columns == 2 else 17, 3.6 * rows))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)  # inches around each panel
     axes = figure.subplots(rows, columns, squeeze=False).reshape(len(shapes), len(panels))
+    _share_scale(axes[:, [metric.endswith("accuracy") for _, metric in panels]].flat)
     for row, shape in zip(axes, shapes, strict=True):
         members = [run for run in runs if run.shape == shape]
         for axis, (title, metric) in zip(row, panels, strict=True):
@@ -86,8 +87,22 @@ def curves_figure(runs: Sequence[RunSummary], panels: Sequence[tuple[str, str]] 
                 axis, f"{title}, {size_of(members[0], runs, width=several_widths)}", metric, members
             )
         row[0].legend(loc="best", fontsize=9, frameon=False)
-    figure.suptitle("ResNet against PlainNet: mean over seeds, band from lowest to highest", fontsize=13)
+    figure.suptitle(_title(axes.flat), fontsize=13)
     return figure
+
+
+def _share_scale(axes: Iterable[Axes]) -> None:
+    """One y scale for all: on scales of their own, training and validation accuracy look alike."""
+    shared = list(axes)
+    for axis in shared[1:]:
+        axis.sharey(shared[0])
+
+
+def _title(axes: Iterable[Axes]) -> str:
+    """Says how to read the bands, where there are any."""
+    if any(axis.collections for axis in axes):
+        return "ResNet against PlainNet: mean over seeds, band from lowest to highest"
+    return "ResNet against PlainNet"
 
 
 def _series(runs: Sequence[RunSummary]) -> list[_Series]:
@@ -99,11 +114,12 @@ def _series(runs: Sequence[RunSummary]) -> list[_Series]:
     series = []
     for (conditions, model), members in groups.items():
         chosen = [run for run in members if run.complete] or [run for run in members if run.history]
-        unfinished = ", unfinished" * (not all(run.complete for run in chosen))
-        count = f"{len(chosen)} seed{'s' * (len(chosen) != 1)}{unfinished}"
-        label = ", ".join([NAMES[model], *distinction(members[0], settings), count])
+        count = "1 seed" if len(chosen) == 1 else f"{len(chosen)} seeds"
+        parts = [NAMES[model], *distinction(members[0], settings), count]
+        if not all(run.complete for run in chosen):
+            parts.append("unfinished")
         line = LINES[settings.index(conditions) % len(LINES)]
-        series.append(_Series(label, COLOURS[model], line, tuple(chosen)))
+        series.append(_Series(", ".join(parts), COLOURS[model], line, tuple(chosen)))
     return [item for item in series if item.runs]
 
 
@@ -148,7 +164,7 @@ def depth_figure(runs: Sequence[RunSummary]) -> Figure | None:
     """
     groups: dict[Any, list[RunSummary]] = defaultdict(list)
     for run in without_copies(runs):
-        if run.complete and not has_rival(run, runs):
+        if run.complete and not needs_blocks(run, runs):
             groups[run.shape[1], run.conditions, run.model].append(run)
     groups = {key: group for key, group in groups.items() if len({run.layers for run in group}) > 1}
     if not groups:
@@ -159,14 +175,14 @@ def depth_figure(runs: Sequence[RunSummary]) -> Figure | None:
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axis = figure.subplots()
     settings = list(dict.fromkeys(key[:2] for key in groups))
+    several_widths = len({width for width, _ in settings}) > 1
     for (filters, conditions, model), group in groups.items():
-        several_widths = len({width for width, _ in settings}) > 1
-        width = [f"{filters} filters"] * several_widths
-        apart = distinction(group[0], [other for _, other in settings])
-        label = ", ".join([NAMES[model], *width, *apart])
-        _draw_depth(
-            axis, group, label, COLOURS[model], LINES[settings.index((filters, conditions)) % len(LINES)]
-        )
+        parts = [NAMES[model]]
+        if several_widths:
+            parts.append(f"{filters} filters")
+        parts += distinction(group[0], [other for _, other in settings])
+        line = LINES[settings.index((filters, conditions)) % len(LINES)]
+        _draw_depth(axis, group, ", ".join(parts), COLOURS[model], line)
     _label_depth(axis, [run for group in groups.values() for run in group])
     return figure
 

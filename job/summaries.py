@@ -58,7 +58,7 @@ class RunSummary:
         summary = cls(
             location=location,
             identity=Identity.from_json(config["identity"]),
-            state=STATES[STATES.index(record.state)],
+            state=STATES[STATES.index(record.state)],  # an unknown one is a ValueError
             planned_epochs=int(result.get("epochs") or max(planned, len(history))),
             history=tuple(map(_epoch, history)),
             train_accuracy=_number(result.get("train", last["train"]).get("accuracy")),
@@ -69,6 +69,7 @@ class RunSummary:
         )
         if summary.complete and summary.final_accuracy is None:
             raise ValueError("complete, but without an accuracy")
+        # Runs are grouped by these: a list among them is a TypeError, a word for a seed a ValueError.
         hash((summary.shape, summary.conditions, int(summary.identity.seed)))
         return summary
 
@@ -186,7 +187,7 @@ def load_runs(locations: Iterable[str]) -> tuple[list[RunSummary], list[Skipped]
             for error in unreadable
         ]
         if not found and not unreadable:
-            skipped.append(Skipped(location=location, reason="holds no run (no record.json here or below)"))
+            skipped.append(Skipped(location=location, reason=_why_no_run(location)))
         for place in found:
             try:
                 runs.setdefault(_where(place), _load(place))
@@ -194,10 +195,15 @@ def load_runs(locations: Iterable[str]) -> tuple[list[RunSummary], list[Skipped]
                 skipped.append(Skipped(location=place, reason=str(error)))
     if not runs:
         reasons = "".join(f"\n  {item}" for item in skipped)
-        raise MissingInput(
-            f"compare needs at least one run, but none is left; example: compare runs{reasons}"
-        )
+        raise MissingInput(f"compare found no run; example: compare runs{reasons}")
     return sorted(runs.values(), key=_order), skipped
+
+
+def _why_no_run(location: str) -> str:
+    """Why no run was found at a location that could be read."""
+    if location.startswith("gs://") or Path(location).is_dir():
+        return "holds no run (no record.json here or below)"
+    return "is a file, not a run's folder" if Path(location).exists() else "does not exist"
 
 
 def _where(location: str) -> str:
@@ -240,8 +246,8 @@ def without_copies(runs: Iterable[RunSummary]) -> list[RunSummary]:
     return list(first.values())
 
 
-def has_rival(run: RunSummary, runs: Iterable[RunSummary]) -> bool:
-    """Whether others have its depth and width, but other blocks."""
+def needs_blocks(run: RunSummary, runs: Iterable[RunSummary]) -> bool:
+    """Whether only its blocks tell its network from others of the same depth and width."""
     return any(
         other.shape != run.shape and (other.layers, other.shape[1]) == (run.layers, run.shape[1])
         for other in runs
@@ -251,8 +257,12 @@ def has_rival(run: RunSummary, runs: Iterable[RunSummary]) -> bool:
 def size_of(run: RunSummary, runs: Iterable[RunSummary], *, width: bool = True) -> str:
     """Depth and width, and the blocks where they do not follow from these among the runs."""
     network = run.identity.network
-    parts = [f"{run.layers} layers", *[f"{network.filters} filters"] * width]
-    return ", ".join([*parts, *[f"blocks {network.blocks_text}"] * has_rival(run, runs)])
+    parts = [f"{run.layers} layers"]
+    if width:
+        parts.append(f"{network.filters} filters")
+    if needs_blocks(run, runs):
+        parts.append(f"blocks {network.blocks_text}")
+    return ", ".join(parts)
 
 
 def final_accuracy_of(run: RunSummary) -> float:

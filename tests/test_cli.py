@@ -441,7 +441,7 @@ def test_compare_skips_what_is_no_run_and_writes_its_report(run: Run, tmp_path: 
 
     assert outcome.code == 0
     assert "+0.00 points from one pair" in outcome.out
-    assert "Skipped nowhere: holds no run" in outcome.out
+    assert "Skipped nowhere: does not exist" in outcome.out
     written = [line for line in outcome.out.splitlines() if line.startswith("wrote ")]
     assert written == [f"wrote a/report/{name}" for name in ("comparison.md", "comparison.csv", "curves.png")]
     assert all(Path(line.removeprefix("wrote ")).stat().st_size for line in written)

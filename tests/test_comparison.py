@@ -133,7 +133,52 @@ def test_the_table_shows_a_finished_run_s_own_result(tmp_path: Path) -> None:
         "time": "1:02:05",
         "state": "complete",
     }
-    assert "* highest of all epochs, on the test set, optimistic" in comparison.table(runs)
+    assert comparison.table(runs).endswith(
+        "\n* highest of all epochs, on the test set, optimistic; validation: after the last epoch;\n"
+        "  train: the mean over that epoch, while the weights still moved."
+    )
+
+
+def test_what_all_runs_share_is_said_once_below_the_terminals_table(tmp_path: Path) -> None:
+    """Neither results nor names are left out, even where they agree."""
+    write_run(tmp_path / "a", "resnet", accuracies=(0.5,))
+    write_run(tmp_path / "b", "plainnet", accuracies=(0.5,))
+    runs, _ = load_runs([str(tmp_path)])
+
+    assert list(cells(runs).items()) == [
+        ("run", "a"),
+        ("model", "ResNet"),
+        ("parameters", "274,454"),
+        ("validation", "50.00%"),
+        ("highest*", "50.00%"),
+        ("train", "93.75%"),
+        ("images/s", "1,234"),
+        ("time", "1:02:05"),
+    ]
+    shared = (
+        "all: 20 layers, 16 filters, recipe article, seed 0, 1 epoch, validated on the test set, complete"
+    )
+    assert comparison.table(runs).splitlines()[4] == shared
+    titles = "| run | model | layers | filters | parameters | recipe | seed | epochs | validation | on |"
+    assert titles in comparison.markdown_report(runs)
+    assert "all: " not in comparison.markdown_report(runs)
+
+
+def test_columns_in_which_runs_differ_stay(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", accuracies=(0.5, 0.625), planned=20, state="running")
+    write_run(tmp_path / "b", accuracies=(0.5, 0.625), planned=20, state="interrupted", seed=1)
+    write_run(tmp_path / "c", accuracies=(0.5, 0.625), planned=20, state="running", seed=2)
+    runs, _ = load_runs([str(tmp_path)])
+
+    assert [(cells(runs, row)["seed"], cells(runs, row)["state"]) for row in range(3)] == [
+        ("0", "running"),
+        ("1", "interrupted"),
+        ("2", "running"),
+    ]
+    assert comparison.table(runs).splitlines()[5] == (
+        "all: 20 layers, 16 filters, 274,454 parameters, recipe article, 2 of 20 epochs, "
+        "validated on the test set"
+    )
 
 
 @pytest.mark.parametrize("state", ["running", "interrupted", "diverged"])
@@ -180,8 +225,9 @@ def test_with_a_hold_out_the_test_set_decides(tmp_path: Path) -> None:
     runs, _ = load_runs([str(tmp_path)])
 
     shown = cells(runs)
-    assert (shown["validation"], shown["on"], shown["test"]) == ("87.50%", "hold-out", "81.25%")
+    assert (shown["validation"], shown["test"]) == ("87.50%", "81.25%")
     assert comparison.pairings(runs)[0].differences == (6.25,)
+    assert "validated on the hold-out" in comparison.table(runs)
     assert "on the hold-out, optimistic" in comparison.table(runs)
 
 
@@ -236,22 +282,22 @@ def test_each_depth_is_paired_by_itself(tmp_path: Path) -> None:
     assert [pairing.mean for pairing in found] == pytest.approx([2, 25])
 
 
-def test_the_growth_with_depth_is_taken_seed_by_seed(tmp_path: Path) -> None:
+def test_the_change_with_depth_is_taken_seed_by_seed(tmp_path: Path) -> None:
     twins(tmp_path / "a", (0.01, 0.03))
     twins(tmp_path / "b", (0.25, 0.21, 0.5), blocks=FIFTY_SIX)
     twins(tmp_path / "c", (0.25, 0.25), blocks=FIFTY_SIX, filters=8)
     found = comparison.pairings(load_runs([str(tmp_path)])[0])
-    (grown,) = comparison.growth(found)
+    (change,) = comparison.depth_changes(found)
 
-    assert grown.seeds == (0, 1)
-    assert grown.differences == pytest.approx((24, 18))
+    assert change.seeds == (0, 1)
+    assert change.differences == pytest.approx((24, 18))
     expected = stats.ttest_rel([25, 21], [1, 3]).confidence_interval(0.95)
-    assert grown.interval == pytest.approx((expected.low, expected.high))
-    assert str(grown).startswith(
-        "the difference grows from 20 layers to 56 layers, 16 filters: +21.00 points"
+    assert change.interval == pytest.approx((expected.low, expected.high))
+    assert str(change).startswith(
+        "change of the difference from 20 layers to 56 layers, 16 filters: +21.00 points"
     )
-    assert str(grown) in comparison.text_report(load_runs([str(tmp_path)])[0])
-    assert comparison.growth(found[:1]) == []
+    assert str(change) in comparison.text_report(load_runs([str(tmp_path)])[0])
+    assert comparison.depth_changes(found[:1]) == []
 
 
 def test_equal_depth_and_width_of_other_blocks_are_told_apart(tmp_path: Path) -> None:
@@ -266,7 +312,7 @@ def test_equal_depth_and_width_of_other_blocks_are_told_apart(tmp_path: Path) ->
         "20 layers, 16 filters, blocks 3,3,3",
         "56 layers, 16 filters",
     ]
-    assert comparison.growth(found) == []  # from which of the two?
+    assert comparison.depth_changes(found) == []  # from which of the two?
     titles = [axis.get_title() for axis in figures.curves_figure(runs).axes]
     assert titles[0] == "Training accuracy, 20 layers, blocks 1,7,1"
     assert figures.depth_figure(runs) is None
@@ -439,8 +485,10 @@ def test_parents_expand_and_a_run_named_twice_counts_once(tmp_path: Path) -> Non
     runs, skipped = load_runs([str(first), str(tmp_path), str(tmp_path / "notes"), str(tmp_path / "absent")])
 
     assert [run.name for run in runs] == ["first", "second"]
-    assert [item.location for item in skipped] == [str(tmp_path / "notes"), str(tmp_path / "absent")]
-    assert all("no run" in item.reason for item in skipped)
+    assert list(map(str, skipped)) == [
+        f"{tmp_path}/notes: holds no run (no record.json here or below)",
+        f"{tmp_path}/absent: does not exist",
+    ]
 
 
 def test_runs_in_a_bucket_are_compared_too(tmp_path: Path, gcs_bucket: str) -> None:
@@ -455,13 +503,19 @@ def test_runs_in_a_bucket_are_compared_too(tmp_path: Path, gcs_bucket: str) -> N
         f"{gcs_bucket}/runs/{name}" for name in ("resnet9-0", "plainnet9-1")
     ]
     assert comparison.pairings(runs)[0].differences == pytest.approx((1, 3))
-    assert [item.location for item in skipped] == [f"{gcs_bucket}/absent"]
+    assert list(map(str, skipped)) == [f"{gcs_bucket}/absent: holds no run (no record.json here or below)"]
 
 
 def test_no_run_left_is_missing_input(tmp_path: Path) -> None:
-    with pytest.raises(MissingInput, match=r"at least one run(.|\n)*absent: holds no run") as caught:
-        load_runs([str(tmp_path / "absent")])
+    record = write_run(tmp_path / "run") / "record.json"
+    with pytest.raises(MissingInput) as caught:
+        load_runs([str(tmp_path / "absent"), str(record)])
     assert caught.value.exit_code == 66
+    assert str(caught.value) == (
+        "compare found no run; example: compare runs\n"
+        f"  {tmp_path}/absent: does not exist\n"
+        f"  {record}: is a file, not a run's folder"
+    )
 
 
 def test_the_report_holds_table_findings_figures_and_raw_values(tmp_path: Path) -> None:
@@ -550,6 +604,27 @@ def test_curves_show_mean_and_range_over_seeds_in_four_labelled_panels(tmp_path:
     band = figure.axes[1].collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == (0.25, 0.6875)
     assert y_of(figure.axes[3].lines[1]) == [2.25, 2.0]
+    assert figure.get_suptitle() == "ResNet against PlainNet: mean over seeds, band from lowest to highest"
+
+
+def test_curves_of_single_seeds_have_no_bands_and_do_not_speak_of_any(tmp_path: Path) -> None:
+    figure = figures.curves_figure(twins(tmp_path, (0.0625,)))
+
+    assert not any(axis.collections for axis in figure.axes)
+    assert figure.get_suptitle() == "ResNet against PlainNet"
+
+
+def test_all_panels_of_accuracy_have_one_scale(tmp_path: Path) -> None:
+    """Training accuracy is far above the validation accuracy where a network over-fits, and must look so."""
+    twins(tmp_path / "a", (0.0625,))
+    twins(tmp_path / "b", (0.375,), blocks=FIFTY_SIX)
+    axes = figures.curves_figure(load_runs([str(tmp_path)])[0]).axes
+
+    scales = [axis.get_ylim() for axis in axes]
+    assert len({scales[panel] for panel in (0, 1, 4, 5)}) == 1
+    assert scales[0][0] < 0.25
+    assert scales[0][1] > 1  # the deep ResNet's training accuracy
+    assert len({scales[panel] for panel in (2, 3, 6, 7)}) > 1
 
 
 def test_curves_have_a_row_of_panels_for_each_depth(tmp_path: Path) -> None:

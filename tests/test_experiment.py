@@ -16,6 +16,7 @@ from PIL import Image
 from job import cifar10
 from job.comparison import Pairing
 from job.config import FORMAT
+from job.figures import depth_figure
 from job.summaries import NAMES
 from tests.test_house import ROOT, run_make
 from tests.test_readme import README, chapter, table
@@ -187,12 +188,11 @@ def test_the_figure_shows_the_kept_runs() -> None:
 
 
 def test_the_first_screen_shows_the_finding_and_its_figure() -> None:
-    first = "\n".join(README.splitlines()[:30])
+    first = " ".join(" ".join(README.splitlines()[:30]).split())
     assert re.search(
-        r"^\*\*(The finding|No finding yet)\.\*\* With skip connections, trained on all 50,000 images, the\s"
-        r"accuracy\son\sthe\stest\sset\swas\s\d+\.\d\d\spoints",
+        r"\*\*(The finding|The finding so far|No finding yet)\.\*\* With skip connections, trained on all "
+        r"50,000 images, the accuracy on the test set was \d+\.\d\d points",
         first,
-        re.MULTILINE,
     )
     assert str(FIGURE.relative_to(ROOT)) in first
 
@@ -223,17 +223,43 @@ def test_when_all_is_finished_the_finding_has_its_interval_and_nothing_is_missin
 
     interval = "+2.00 points, 95 % confidence interval -0.48 to +4.48, n = 3 pairs (seeds 0, 1, 2)"
     assert text.count(interval) == 2  # at 20 and at 56 layers
-    pairs = "(3 pairs, 95 % confidence interval -0.48 to +4.48, which includes zero)"
+    verdict = "it includes zero, so these pairs do not settle it"
+    pairs = f"(3 pairs, 95 % confidence interval -0.48 to +4.48; {verdict})"
     assert finding.startswith(
         "**The finding.** With skip connections, trained on all 50,000 images, the accuracy on the test set "
         f"was 2.00 points higher at 20 layers after 10 epochs {pairs}; 1.00 points higher at 30 layers after "
         "3 epochs (one pair, which proves nothing); and 2.00 points higher at 56 layers after 10 epochs "
         f"{pairs}. More under"
     )
-    assert "the difference grows from 20 layers to 56 layers, 16 filters: +0.00 points in every pair" in text
+    change = "change of the difference from 20 layers to 56 layers, 16 filters: +0.00 points in every pair"
+    assert change in text
     assert str(DEPTH_FIGURE.relative_to(ROOT)) in text
     assert "Not finished yet" not in text
-    assert "Finished are 14." in text
+    assert "14 are finished." in text
+
+    before = " ".join(keep_results.finding(runs[1:], plan).split())
+    assert before.startswith("**The finding so far.** ")
+    assert " 13 of 14 runs are finished. More under" in before
+
+
+@pytest.mark.usefixtures("everything")
+def test_the_figures_stay_small_when_all_is_finished(tmp_path: Path) -> None:
+    """They are wide enough for dense screens, and below what `test_pictures_are_small` allows."""
+    runs = keep_results.kept_runs()
+    for figure, width in ((keep_results.accuracy_figure(runs), 1680), (depth_figure(runs), 1120)):
+        assert figure is not None
+        keep_results.save(figure, tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").stat().st_size < 200_000
+        with Image.open(tmp_path / "figure.png") as picture:
+            assert picture.width == width
+            assert picture.info["Description"] == keep_results.digest()
+
+
+def test_an_interval_without_zero_speaks_for_itself() -> None:
+    clear = Pairing(title="", seeds=(0, 1, 2), differences=(1.9, 2.0, 2.1), layers=20)
+    assert keep_results._gain(clear, 10) == (
+        "2.00 points higher at 20 layers after 10 epochs (3 pairs, 95 % confidence interval +1.75 to +2.25)"
+    )
 
 
 def test_equal_pairs_are_not_called_one_pair() -> None:
@@ -251,5 +277,7 @@ def test_what_is_not_finished_is_named() -> None:
     text = " ".join(keep_results.chapter(twenty[:1], plan).split())
 
     assert twenty[0].model == "resnet"
+    assert "all 14 runs, many hours on two cores" in text
+    assert "14 runs are planned on all 50,000 images" in text
     assert "20 layers for 10 epochs (ResNet, seeds 1, 2; PlainNet, seeds 0, 1, 2)" in text.partition("yet")[2]
     assert "56 layers for 10 epochs (both networks, seeds 0, 1, 2)" in text.partition("yet")[2]

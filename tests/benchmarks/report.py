@@ -84,8 +84,8 @@ COLUMNS = (
     "images/s",
     "min",
     "max",
-    "x article",
-    "job is x",
+    "/ article",
+    "job / it",
     "first step done",
     "peak memory",
 )

@@ -7,6 +7,7 @@ the README's words come from that alone, and `tests/test_experiment.py` holds th
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,9 +22,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from job import cifar10, cli
 from job.checkpoints import Record, read_config, read_record
-from job.comparison import COLUMNS, Pairing, growth, pairings
+from job.comparison import COLUMNS, Pairing, depth_changes, pairings
 from job.config import FORMAT, Settings
 from job.figures import PANELS, curves_figure, depth_figure
 from job.storage import find_runs, open_store
@@ -35,6 +40,8 @@ PICTURES = ROOT / ".github" / "pictures"
 FIGURE, DEPTH_FIGURE = PICTURES / "experiment.png", PICTURES / "experiment-depth.png"
 PROCESSOR = "Zen 4 at 2.6 GHz"  # of all kept runs; a result names the rest
 TRAINED_ON = 50_000  # images
+DPI = 160  # of the figures: sharp on dense screens, too
+COLOURS = 64  # in a figure: lines, bands and the smooth edges of letters need no more
 SHOWN = {  # columns of the table, by those of `compare`; one more says how long the training takes
     "model": "Model",
     "layers": "Layers",
@@ -122,13 +129,20 @@ def digest() -> str:
 def finding(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
     """The README's first screen: what the experiment shows so far, in a sentence, and its figure."""
     found = [pairing for pairing in pairings(runs) if pairing.seeds]
-    title = "The finding" if any(pairing.interval for pairing in found) else "No finding yet"
+    missing = _missing(runs, planned)
+    title = _heading(found, finished=not missing)
     text = f"**{title}.** {_sentence(found, {run.layers: len(run.history) for run in runs})}"
-    if missing := _missing(runs, planned):
-        text += f" Finished are {len(planned) - len(missing)} of {len(planned)} runs."
+    if missing:
+        text += f" {len(planned) - len(missing)} of {len(planned)} runs are finished."
     text += " More under [The experiment](#the-experiment)."
     alternative = "Training and validation accuracy of both networks, epoch by epoch"
     return f"{wrapped(text)}\n\n![{alternative}]({FIGURE.relative_to(ROOT)})"
+
+
+def _heading(found: Sequence[Pairing], *, finished: bool) -> str:
+    if not any(pairing.interval for pairing in found):
+        return "No finding yet"
+    return "The finding" if finished else "The finding so far"
 
 
 def _sentence(found: Sequence[Pairing], epochs: dict[int, int]) -> str:
@@ -147,7 +161,7 @@ def _gain(pairing: Pairing, epochs: int) -> str:
     if pairing.interval is None:
         return f"{gain} ({len(pairing.seeds)} pairs, all equal, which give no interval)"
     low, high = pairing.interval
-    zero = ", which includes zero" if low <= 0 <= high else ""
+    zero = "; it includes zero, so these pairs do not settle it" if low <= 0 <= high else ""
     return f"{gain} ({len(pairing.seeds)} pairs, 95 % confidence interval {low:+.2f} to {high:+.2f}{zero})"
 
 
@@ -161,11 +175,10 @@ def chapter(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
     parts = [
         "## The experiment",
         wrapped(_question(len(planned) - len(missing), planned)),
-        _commands(),
+        _commands(len(planned)),
         _table(runs),
         _depth_picture(runs),
-        "ResNet minus PlainNet, accuracy on the test set after the last epoch, paired by seed:",
-        "\n".join(wrapped(f"- {found}", "  ") for found in [*pairings(runs), *growth(pairings(runs))]),
+        _differences(runs),
         wrapped(_reservations(runs)),
         wrapped(_conditions(runs)),
         wrapped(f"Not finished yet, and in no number above: {_listed(missing)}.") if missing else "",
@@ -180,13 +193,13 @@ def chapter(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
 def _question(finished: int, planned: Sequence[Planned]) -> str:
     return (
         "Does the ResNet beat its twin without skip connections, and does it matter how deep they are? "
-        f"Planned are {len(planned)} runs on all 50,000 images with the article's recipe: "
-        f"{_listed(planned)}. Finished are {finished}."
+        f"{len(planned)} runs are planned on all 50,000 images with the article's recipe: "
+        f"{_listed(planned)}. {finished} are finished."
     )
 
 
 def _listed(runs: Sequence[Planned]) -> str:
-    """Runs by depth and model, as in "20 layers for 10 epochs (ResNet with seeds 0, 1)"."""
+    """Runs by depth and model, as in "20 layers for 10 epochs (ResNet, seeds 0, 1)"."""
     groups: dict[tuple[int, int], dict[str, list[str]]] = {}
     for run in sorted(runs, key=lambda run: run.layers):
         models = groups.setdefault((run.layers, run.settings.epochs), {})
@@ -202,20 +215,32 @@ def _seeds(models: dict[str, list[str]]) -> str:
     if len(models) == 2 and len(set(map(tuple, models.values()))) == 1:
         models = {"both networks": next(iter(models.values()))}
     texts = [
-        f"{name}, seed{'s' * (len(models[name]) > 1)} {', '.join(models[name])}"
+        f"{name}, {'seed' if len(models[name]) == 1 else 'seeds'} {', '.join(models[name])}"
         for name in sorted(models)[::-1]
     ]
     return "; ".join(texts)
 
 
-def _commands() -> str:
-    return "\n".join(
-        [
-            "    make experiment                                           # what is missing; it resumes",
-            "    make experiment EXPERIMENT=runs/small EPOCHS=1 SEEDS=0    # the same, smaller",
-            "    .venv/bin/python -m job compare .github/experiment        # the finished runs, kept here",
-        ]
+def _commands(planned: int) -> str:
+    commands = {
+        "make experiment": f"all {planned} runs, many hours on two cores; it resumes",
+        "make experiment EXPERIMENT=runs/small EPOCHS=1 SEEDS=0": "the same, smaller",
+        ".venv/bin/python -m job compare .github/experiment": "the finished runs, kept here",
+    }
+    width = max(map(len, commands))
+    return "\n".join(f"    {command:{width}}    # {comment}" for command, comment in commands.items())
+
+
+def _differences(runs: Sequence[RunSummary]) -> str:
+    """The pairs' differences, one a line, and what a pair and an interval are."""
+    text = (
+        "Runs are paired by seed: besides its settings, a pair shares the order of its images and the "
+        "initial weights up to the first projection, and no more. Each interval holds by itself, not all of "
+        "them at once. ResNet minus PlainNet, accuracy on the test set after the last epoch:"
     )
+    paired = pairings(runs)
+    lines = [wrapped(f"- {found}", "  ") for found in [*paired, *depth_changes(paired)]]
+    return "\n".join([wrapped(text), "", *lines])
 
 
 def _depth_picture(runs: Sequence[RunSummary]) -> str:
@@ -224,10 +249,15 @@ def _depth_picture(runs: Sequence[RunSummary]) -> str:
 
 
 def _table(runs: Sequence[RunSummary]) -> str:
-    cells = dict(COLUMNS)
+    """The runs, one a line, and when their accuracies were measured."""
+    text = (
+        "Training accuracy is the mean over the last epoch while the weights still moved; test accuracy is "
+        "measured after it."
+    )
+    cells = {column.title: column.cell for column in COLUMNS}
     lines = [[*SHOWN.values(), "Training time"], [":--", *["--:"] * len(SHOWN)]]
     lines += [[*(cells[column](run) for column in SHOWN), _training_time(run)] for run in runs]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", wrapped(text)])
 
 
 def _training_time(run: RunSummary) -> str:
@@ -245,8 +275,8 @@ def _reservations(runs: Sequence[RunSummary]) -> str:
     ]
     return (
         "What this does not show: from one epoch to the next, the test accuracy of these runs moves by up "
-        f"to {100 * max(steps, default=0):.1f} points in the second half of training, so a difference of "
-        "single runs says little; only several pairs, with their interval, do. And these are the first "
+        f"to {100 * max(steps, default=0):.1f} points in the second half of training, so the difference of "
+        "two single runs says little; it takes several pairs and their interval. And these are the first "
         "epochs of Adam at a constant rate: He et al. compare networks after 64,000 steps with a schedule."
     )
 
@@ -260,10 +290,11 @@ def _conditions(runs: Sequence[RunSummary]) -> str:
     precisions = " and ".join(dict.fromkeys(run.identity.precision for run in runs))
     return (
         f"Computed in {precisions}, with float32 variables. Hardware: {devices} ({PROCESSOR}) a run, two "
-        "runs at a time. Other work interrupted them, so that speed is the median of the epochs, and time "
-        "that of this speed, evaluation apart. "
-        f"Versions: {'; '.join(versions)}. Each run's history, result and confusion matrix are in "
-        "`.github/experiment`. On a processor without bfloat16, `PRECISION=float32` trains other runs faster."
+        "runs at a time. Other work slowed some of them. Images/s is therefore the median over the epochs, "
+        "and the training time is what all epochs take at that speed, without evaluation; `compare` shows "
+        f"the time that really passed. Versions: {'; '.join(versions)}. Each run's history, result and "
+        "confusion matrix are in `.github/experiment`. On a processor without bfloat16, "
+        "`make experiment PRECISION=float32` is faster; its runs cannot be paired with these."
     )
 
 
@@ -291,15 +322,34 @@ def with_texts(readme: str, runs: Sequence[RunSummary], planned: Sequence[Planne
 
 
 def main(location: str) -> None:
-    """Keep the finished runs, and renew figure and README."""
+    """Keep the finished runs, and renew figures and README."""
     print("\n".join(["kept:", *keep(location)]))
-    runs = kept_runs()
-    figure = curves_figure(runs, [panel for panel in PANELS if panel[1].endswith("accuracy")])
-    figure.savefig(FIGURE, dpi=90, metadata={"Description": digest()})
+    renew()
+
+
+def renew() -> None:
+    """Make the figures and the README's texts again, of the runs that are kept."""
+    runs, planned = kept_runs(), plan()
+    save(accuracy_figure(runs), FIGURE)
     if depth := depth_figure(runs):
-        depth.savefig(DEPTH_FIGURE, dpi=90, metadata={"Description": digest()})
+        save(depth, DEPTH_FIGURE)
     path = ROOT / "README.md"
-    path.write_text(with_texts(path.read_text(encoding="utf-8"), runs, plan()), encoding="utf-8")
+    path.write_text(with_texts(path.read_text(encoding="utf-8"), runs, planned), encoding="utf-8")
+
+
+def accuracy_figure(runs: Sequence[RunSummary]) -> Figure:
+    """The curves without the loss."""
+    return curves_figure(runs, [panel for panel in PANELS if panel[1].endswith("accuracy")])
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As a PNG of few colours, which takes a third of the bytes, with the digest of the kept runs."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI)
+    note = PngInfo()
+    note.add_text("Description", digest())
+    picture = Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    picture.save(path, optimize=True, dpi=(DPI, DPI), pnginfo=note)
 
 
 if __name__ == "__main__":
