@@ -395,7 +395,7 @@ def test_a_configuration_of_no_network_is_garbage(store: LocalStore, claim: Call
     config = json.loads(store.read(CONFIG)[0])
     store.delete(CONFIG, store.read(CONFIG)[1])
     store.create(CONFIG, json.dumps(config | {"identity": config["identity"] | {"model": "moon"}}).encode())
-    with pytest.raises(InvalidData, match="is not a run's configuration: .*moon"):
+    with pytest.raises(InvalidData, match=r"is not a run.s configuration: .*moon"):
         read_config(store)
 
 

@@ -179,6 +179,20 @@ def test_every_pair_is_in_the_differences() -> None:
             assert ("from one pair" in shown[0]) == (len(seeds) == 1)
 
 
+def test_the_training_accuracies_are_means_over_the_seeds() -> None:
+    text = " ".join(chapter("The experiment").split())
+    for model in ("resnet", "plainnet"):
+        shown = []
+        for blocks in ([3, 3, 3], [9, 9, 9]):
+            accuracies = [
+                record["result"]["train"]["accuracy"]
+                for config, record in kept()
+                if (config["identity"]["model"], config["identity"]["blocks"]) == (model, blocks)
+            ]
+            shown.append(f"{100 * statistics.mean(accuracies):.1f} %")
+        assert f"{NAMES[model]} {' and '.join(shown)} with 20 and 56 layers" in text
+
+
 def test_the_figure_shows_the_kept_runs() -> None:
     for figure in (FIGURE, DEPTH_FIGURE):
         if str(figure.relative_to(ROOT)) in README:

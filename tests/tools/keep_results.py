@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -179,6 +180,7 @@ def chapter(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
         _table(runs),
         _depth_picture(runs),
         _differences(runs),
+        wrapped(_degradation(runs)),
         wrapped(_reservations(runs)),
         wrapped(_conditions(runs)),
         wrapped(f"Not finished yet, and in no number above: {_listed(missing)}.") if missing else "",
@@ -264,6 +266,27 @@ def _training_time(run: RunSummary) -> str:
     """At the median speed of its epochs: interruptions by other work are left out."""
     assert run.images_per_second
     return f"{len(run.history) * TRAINED_ON / run.images_per_second / 60:.0f} min"
+
+
+def _degradation(runs: Sequence[RunSummary]) -> str:
+    """Training accuracy by depth, which over-fitting cannot lower; empty for a single depth."""
+    families: dict[Any, dict[str, dict[int, list[float]]]] = {}
+    for run in runs:
+        family = families.setdefault((run.shape[1], len(run.history)), {})
+        family.setdefault(NAMES[run.model], {}).setdefault(run.layers, []).append(run.train_accuracy or 0.0)
+    parts = [
+        f"{name} {' and '.join(f'{100 * mean(depths[layers]):.1f} %' for layers in sorted(depths))}"
+        f" with {' and '.join(map(str, sorted(depths)))} layers"
+        for family in families.values()
+        for name, depths in family.items()
+        if len(depths) > 1
+    ]
+    if not parts:
+        return ""
+    return (
+        f"Training accuracy, mean over the seeds: {'; '.join(parts)}. A deeper network that is worse in "
+        "training already is not over-fitted but harder to train: what He et al. call degradation."
+    )
 
 
 def _reservations(runs: Sequence[RunSummary]) -> str:
