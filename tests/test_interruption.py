@@ -135,6 +135,26 @@ print("not reached")
     assert "not reached" not in text
 
 
+@pytest.mark.parametrize("number", [None, signal.SIGTERM])
+def test_no_way_to_end_leaves_generated_code_behind(number: int | None, tmp_path: Path) -> None:
+    """As TensorFlow makes and imports it (``autograph/pyct/loader.py``)."""
+    source = tmp_path / "__autograph_generated_file1.py"
+    source.write_text("x = 1")
+    body = f"""
+import importlib.util, py_compile
+spec = importlib.util.spec_from_file_location({source.stem!r}, {str(source)!r})
+sys.modules[{source.stem!r}] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+py_compile.compile(module.__file__, module.__cached__)
+print("ready")
+{"leave(0)" if number is None else "time.sleep(60)"}
+"""
+    with child(body) as process:
+        code, _, _ = process.end(time.monotonic() if number is None else process.send(number))
+    assert code == (0 if number is None else Interrupted.exit_code)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def test_other_signals_do_not_ask_to_stop() -> None:
     body = """
 seen = []
