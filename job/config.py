@@ -267,11 +267,6 @@ class Settings:
         self._at_least("--batch-size", self.batch_size, 1)
         self._at_least("--keep", self.keep, 1)
         self._at_least("--workers", self.workers, 1)
-        if self.worker_hosts and self.workers == 1:
-            raise UsageError(
-                f"--worker-hosts {self.worker_hosts} needs --workers of 2 or more, not 1; "
-                "example: --workers 2 --worker-hosts a:2222,b:2222"
-            )
         if self.replicas is not None:
             self._at_least("--replicas", self.replicas, 1)
         if not 0 <= self.seed < 2**32:

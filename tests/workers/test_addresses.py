@@ -71,9 +71,9 @@ def test_impossible_groups_are_refused(
         group_of(monkeypatch, index, workers=2, worker_hosts=hosts)
 
 
-def test_hosts_without_a_number_of_workers_are_refused() -> None:
+def test_hosts_without_a_number_of_workers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--worker-hosts a:1 needs --workers of 2 or more, not 1"):
-        Settings(worker_hosts="a:1")
+        group_of(monkeypatch, worker_hosts="a:1")
 
 
 def test_a_worker_answers_its_peers_however_long_it_waits() -> None:
