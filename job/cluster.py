@@ -130,7 +130,7 @@ class WorkerGroup:
         if "TF_CONFIG" in os.environ:
             return cls._from_tf_config(os.environ["TF_CONFIG"])
         if settings.workers == 1:
-            if settings.worker_hosts:
+            if "," in (settings.worker_hosts or ""):
                 raise UsageError(
                     f"--worker-hosts {settings.worker_hosts} needs --workers of 2 or more, not 1; "
                     "example: --workers 2 --worker-hosts a:2222,b:2222"

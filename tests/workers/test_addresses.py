@@ -72,8 +72,9 @@ def test_impossible_groups_are_refused(
 
 
 def test_hosts_without_a_number_of_workers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="--worker-hosts a:1 needs --workers of 2 or more, not 1"):
-        group_of(monkeypatch, worker_hosts="a:1")
+    with pytest.raises(UsageError, match="--worker-hosts a:1,b:1 needs --workers of 2 or more, not 1"):
+        group_of(monkeypatch, worker_hosts="a:1,b:1")
+    assert group_of(monkeypatch, worker_hosts="a:1") is None  # one worker of a Job that has but one
 
 
 def test_a_worker_answers_its_peers_however_long_it_waits() -> None:
