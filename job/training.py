@@ -97,8 +97,8 @@ def _identity_of(settings: Settings, dataset: Dataset, runs: Store, reporter: Re
     Else a job that moves to other hardware would begin anew, under another name.
     """
     fastest = hardware.resolve_precision(settings.precision, filters=settings.network.filters)
-    candidates = [fastest] if settings.precision != "auto" else sorted(PRECISIONS, key=fastest.__ne__)
-    for precision in candidates:
+    others = [precision for precision in PRECISIONS if precision != fastest]
+    for precision in [fastest, *others] if settings.precision == "auto" else [fastest]:
         identity = settings.identity(precision=precision, data_sha256=dataset.sha256)
         name = settings.name or identity.default_name
         config = read_config(runs, name)
@@ -131,12 +131,10 @@ def _agreed(identity: Identity, settings: Settings, cluster: Cluster) -> Identit
         f"{key}: {mine[key]!r}, not {chiefs.get(key)!r}" for key in mine if mine[key] != chiefs.get(key)
     ]
     if cluster.any_worker(bool(differences)):
+        who = f"worker {cluster.index}" if differences else "another worker"
+        how = "; ".join(differences) or "its log says how they differ"
         raise IdentityConflict(
-            f"worker {cluster.index} was asked for another run than worker 0 ({'; '.join(differences)}); "
-            "give all workers the same options"
-            if differences
-            else "another worker was asked for another run than worker 0, as its log says; give all workers "
-            "the same options"
+            f"{who} was asked for another run than worker 0 ({how}); give all workers the same options"
         )
     return replace(identity, precision=chiefs["precision"])
 
