@@ -4,9 +4,11 @@
 MODEL  ?=
 # further options of the command, e.g. ARGS="--epochs 2"
 ARGS   ?=
-# the job's own variables count here, too
-DATA   ?= $(or $(JOB_DATA),data)
-RUNS   ?= $(or $(JOB_OUTPUT),runs)
+DATA   ?= data
+RUNS   ?= runs
+# for `run`: the job's own variables, where these two are not given
+RUN_DATA   := $(if $(filter file,$(origin DATA)),$(JOB_DATA))
+RUN_OUTPUT := $(if $(filter file,$(origin RUNS)),$(JOB_OUTPUT))
 # the environment, and the Python to make it with (else the first suitable one of PYTHONS)
 VENV   ?= .venv
 # for `bench`: 1, or a Python that has PyTorch
@@ -45,6 +47,8 @@ DOCKER      ?= docker
 EPOCHS      ?=
 OUTPUT      ?= $(RUNS)
 PORT        ?= 6006
+# a tilde that the shell has left as it is
+$(foreach name,DATA RUNS EXPERIMENT OUTPUT,$(eval override $(name) := $(patsubst ~/%,$(HOME)/%,$($(name)))))
 # further options of the engine's `build` and `run`
 BUILD_ARGS  ?=
 DOCKER_ARGS ?=
@@ -92,7 +96,7 @@ data: $(READY) ## download CIFAR-10 into DATA and verify every file
 
 run: $(READY) ## train MODEL=resnet or MODEL=plainnet [DATA= RUNS= ARGS="--epochs 2 ..."]
 	@test -n "$(MODEL)" || { echo "MODEL must be resnet or plainnet, but it is empty; example: make run MODEL=resnet" >&2; exit 2; }
-	JOB_DATA="$(DATA)" JOB_OUTPUT="$(RUNS)" $(JOB) train --model $(MODEL) $(ARGS)
+	JOB_DATA="$(or $(RUN_DATA),$(DATA))" JOB_OUTPUT="$(or $(RUN_OUTPUT),$(RUNS))" $(JOB) train --model $(MODEL) $(ARGS)
 
 # TensorBoard opens on the first of its pages; the address that it prints is made to open on ours, unsmoothed.
 tensorboard: SHELL := bash
@@ -284,10 +288,13 @@ JOB_ENDS = {range .items[*]}{.metadata.name}={.status.conditions[?(@.type=="Comp
 
 # `kubectl logs --follow` shows what has started and waits for nothing.
 define WAIT_FOR_TRAINING
-trains() { $(CLUSTER) get pods -l $(TRAINING),app.kubernetes.io/name=$(MODEL) \
-	-o 'jsonpath={.items[*].status.containerStatuses[*].state}' | grep -qE 'running|terminated'; }; \
-trains || echo "$(MODEL) does not train yet: make k8s-status says why, make k8s-logs MODEL=$(MODEL) shows a download."; \
-until trains; do sleep 2; done
+states() { $(CLUSTER) get pods -l $(TRAINING),app.kubernetes.io/name=$(MODEL) \
+	-o 'jsonpath={.items[*].status.phase}{.items[*].status.containerStatuses[*].state}'; }; \
+said=; \
+while found="$$(states)" || exit; ! echo "$$found" | grep -qE 'Failed|Succeeded|running|terminated'; do \
+	test -n "$$said" || echo "$(MODEL) does not train yet: make k8s-status says why, make k8s-logs MODEL=$(MODEL) shows a download."; \
+	said=yes; sleep 2; \
+done
 endef
 
 # An image keeps the code that it was built from, until somebody builds it again.

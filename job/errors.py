@@ -32,7 +32,7 @@ class MissingInput(JobError):
 
 
 class ResourceUnavailable(JobError):
-    """A required GPU or a peer worker is missing or was lost."""
+    """A required GPU, a processor that TensorFlow can use, or a peer worker is missing or was lost."""
 
     exit_code = 69
 
@@ -44,7 +44,7 @@ class Diverged(JobError):
 
 
 class IdentityConflict(JobError):
-    """The run exists with another identity."""
+    """The run exists with another identity, or workers were asked for different runs."""
 
     exit_code = 73
 

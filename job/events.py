@@ -87,6 +87,12 @@ def epoch_segments(entry: Json) -> dict[str, str]:
     return {split: f"{split}/{segment_name(entry['step'])}" for split in ("train", "validation")}
 
 
+def final_segments(step: int) -> dict[str, str]:
+    """Names of the event files of a run that ends at a step, by what they are about."""
+    name = segment_name(step, "-final")
+    return {"result": f"validation/{name}", "session": name}
+
+
 def segment_name(step: int, suffix: str = "") -> str:
     """Name of the event file of an optimizer step, such that names sort by step."""
     return f"{PREFIX}{step:010d}{suffix}"
@@ -130,11 +136,11 @@ def _run_builders(
 
 
 def _final_builders(record: Json) -> dict[str, Callable[[], bytes]]:
-    last, final = record["history"][-1], segment_name(record["result"]["steps"], "-final")
+    last, names = record["history"][-1], final_segments(record["result"]["steps"])
     time, epoch = last["wall_time"], last["epoch"]
     return {
-        f"validation/{final}": lambda: _event_file(time, epoch, _about_result(record)),
-        final: lambda: _event_file(time, epoch, [_session_end(time)]),
+        names["result"]: lambda: _event_file(time, epoch, _about_result(record)),
+        names["session"]: lambda: _event_file(time, epoch, [_session_end(time)]),
     }
 
 

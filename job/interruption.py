@@ -78,22 +78,26 @@ class Interruption:
         if self._as_json:
             message = json.dumps({"severity": "ERROR", "message": message})
         # os.write, not print: another thread may hold the stream's lock for ever.
-        os.write(self._stderr, f"{message}\n".encode())
-        remove_generated_code()
-        os._exit(Interrupted.exit_code)
+        try:
+            os.write(self._stderr, f"{message}\n".encode())
+            remove_generated_code()
+        finally:
+            os._exit(Interrupted.exit_code)
 
 
 def leave(code: int) -> None:
     """End the process without TensorFlow's teardown, which can abort or hang after a lost peer."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    remove_generated_code()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        remove_generated_code()
+    finally:
+        os._exit(code)
 
 
 def remove_generated_code() -> None:
     """Delete the files of the functions that TensorFlow traced, which it would do in its teardown."""
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():  # another thread may import
         if name.startswith("__autograph_generated_file"):
             for file in (module.__file__, module.__cached__):
                 with suppress(OSError):

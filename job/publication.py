@@ -51,7 +51,13 @@ class Publication:
     @staticmethod
     def names(history: Iterable[dict[str, Any]]) -> set[str]:
         """Files that these epochs lead to: their segments, and the result of a run that ends with them."""
-        return {MODEL, RESULT} | {name for entry in history for name in events.epoch_segments(entry).values()}
+        segments = [
+            name
+            for entry in history
+            for names in (events.epoch_segments(entry), events.final_segments(entry["step"]))
+            for name in names.values()
+        ]
+        return {MODEL, RESULT, *segments}
 
     def _publish_result(self, record: Record, existing: dict[str, str]) -> None:
         """Write model and result, unless a newer attempt owns the run.

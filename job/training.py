@@ -123,7 +123,7 @@ def _agreed(identity: Identity, settings: Settings, cluster: Cluster) -> Identit
     Raises:
         IdentityConflict: some worker was asked for another.
     """
-    mine = {**identity.to_json(), "epochs": settings.epochs}
+    mine = {**identity.to_json(), "epochs": settings.epochs, "name": settings.name}
     chiefs: dict[str, Any] = json.loads(cluster.from_chief(json.dumps(mine).encode()))
     if settings.precision == "auto":  # the chief's hardware decides for all
         mine["precision"] = chiefs["precision"]
@@ -131,6 +131,7 @@ def _agreed(identity: Identity, settings: Settings, cluster: Cluster) -> Identit
         f"{key}: {mine[key]!r}, not {chiefs.get(key)!r}" for key in mine if mine[key] != chiefs.get(key)
     ]
     if cluster.any_worker(bool(differences)):
+        cluster.part()
         who = f"worker {cluster.index}" if differences else "another worker"
         how = "; ".join(differences) or "its log says how they differ"
         raise IdentityConflict(

@@ -258,6 +258,25 @@ def test_run_without_a_model_says_what_to_type(tmp_path: Path) -> None:
     assert "make run MODEL=resnet" in finished.stderr
 
 
+def test_run_is_told_where_data_and_runs_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By make's variables; where these are not given, by the job's own."""
+    monkeypatch.setenv("JOB_DATA", "sample")
+    monkeypatch.setenv("JOB_OUTPUT", "gs://bucket/runs")
+    dry = ("--dry-run", "run", "MODEL=resnet", f"--old-file={tmp_path}/.ready", f"VENV={tmp_path}")
+    for given, data, output in (
+        ([], "sample", "gs://bucket/runs"),
+        (["DATA=~/my data", "RUNS=my runs"], f"{os.environ['HOME']}/my data", "my runs"),
+    ):
+        text = run_make(*dry, *given).stdout
+        assert (
+            f'JOB_DATA="{data}" JOB_OUTPUT="{output}" {tmp_path}/bin/python -m job train --model resnet'
+            in text
+        )
+    for name in ("JOB_DATA", "JOB_OUTPUT"):
+        monkeypatch.delenv(name)
+    assert 'JOB_DATA="data" JOB_OUTPUT="runs" ' in run_make(*dry).stdout
+
+
 # --- the environment that make makes
 
 

@@ -298,6 +298,7 @@ def test_epochs_that_are_trained_again_are_shown_as_they_were_trained_last() -> 
     train(replace(SETTINGS, epochs=3))
     after = record_of("runs/run").history
     assert [entry["step"] for entry in after] == [7, 14, 21]
+    assert not [name for name in events.final_segments(14).values() if Path("runs/run", name).exists()]
     assert after[0] == before[0]
     assert after[1]["wall_time"] > before[1]["wall_time"]
     for entry in after:
@@ -344,10 +345,9 @@ def test_a_run_stays_in_the_precision_that_it_began_in(monkeypatch: Any, capsys:
 def worker(index: int, chiefs: Settings) -> Any:
     """A worker whose chief was started with these settings."""
     identity = chiefs.identity(precision="float32", data_sha256="5" * 64)
-    data = json.dumps({**identity.to_json(), "epochs": chiefs.epochs}).encode()
-    return SimpleNamespace(
-        index=index, workers=2, is_chief=False, from_chief=lambda mine: data, any_worker=bool
-    )
+    data = json.dumps({**identity.to_json(), "epochs": chiefs.epochs, "name": chiefs.name}).encode()
+    calls = {"from_chief": lambda mine: data, "any_worker": bool, "part": lambda: None}
+    return SimpleNamespace(index=index, workers=2, is_chief=False, **calls)
 
 
 def test_workers_take_the_chiefs_precision_and_nothing_else() -> None:
@@ -357,6 +357,7 @@ def test_workers_take_the_chiefs_precision_and_nothing_else() -> None:
     for other, message in (
         (replace(SETTINGS, seed=1), "seed: 0, not 1"),
         (replace(SETTINGS, epochs=3), "epochs: 2, not 3"),
+        (replace(SETTINGS, name="other"), "name: 'run', not 'other'"),
         (replace(SETTINGS, recipe=recipe_of("article", 0.5)), "recipe_values: "),
     ):
         with pytest.raises(IdentityConflict, match=f"worker 1 was asked for another run .*{message}"):

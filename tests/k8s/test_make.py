@@ -27,10 +27,13 @@ case "$*" in
     "apply -f -") cat > {tmp_path}/applied.yaml ;;
     *availableReplicas*) printf "$AVAILABLE" ;;
     *"get jobs"*) printf "$JOBS" ;;
-    *"get pods"*) printf '%s' "$STATES"; test ! -e {tmp_path}/started || echo '{{"running":{{}}}}' ;;
-    *"logs "*) test -e {tmp_path}/started || exit 1 ;;
+    *"get pods"*)
+        printf '%s' "$STATES"
+        test ! -e {tmp_path}/started || echo '{{"running":{{}}}}'
+        test -z "$REFUSED" || code=1 ;;
 esac
 echo "$*" >> {tmp_path}/calls
+exit $code
 """
     )
     kubectl.chmod(0o755)
@@ -128,6 +131,20 @@ def test_logs_are_those_of_one_network(make: Make, tmp_path: Path) -> None:
     refused = make("k8s-logs")
     assert refused.returncode == 2
     assert "make k8s-logs MODEL=resnet" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "states", ['Failed{"waiting":{}}', 'Running{"running":{}}', 'Failed{"terminated":{}}']
+)
+def test_logs_are_followed_at_once_where_there_are_any(make: Make, tmp_path: Path, states: str) -> None:
+    make("k8s-logs", "MODEL=resnet", "ARGS=--follow", STATES=states)
+    assert [call.split()[0] for call in calls(tmp_path)] == ["get", "logs"]
+
+
+def test_logs_are_not_waited_for_where_the_cluster_does_not_answer(make: Make, tmp_path: Path) -> None:
+    finished = make("k8s-logs", "MODEL=resnet", "ARGS=--follow", REFUSED="1")
+    assert finished.returncode != 0
+    assert [call.split()[0] for call in calls(tmp_path)] == ["get"]
 
 
 def test_logs_are_followed_once_the_network_trains(make: Make, tmp_path: Path) -> None:
