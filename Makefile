@@ -48,7 +48,7 @@ EPOCHS      ?=
 OUTPUT      ?= $(RUNS)
 PORT        ?= 6006
 # a tilde that the shell has left as it is
-$(foreach name,DATA RUNS EXPERIMENT OUTPUT,$(eval override $(name) := $(patsubst ~/%,$(HOME)/%,$($(name)))))
+$(foreach name,DATA RUNS EXPERIMENT OUTPUT,$(eval override $(name) := $$(patsubst ~/%,$$(HOME)/%,$$($(name)))))
 # further options of the engine's `build` and `run`
 BUILD_ARGS  ?=
 DOCKER_ARGS ?=

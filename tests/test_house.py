@@ -265,7 +265,7 @@ def test_run_is_told_where_data_and_runs_are(monkeypatch: pytest.MonkeyPatch, tm
     dry = ("--dry-run", "run", "MODEL=resnet", f"--old-file={tmp_path}/.ready", f"VENV={tmp_path}")
     for given, data, output in (
         ([], "sample", "gs://bucket/runs"),
-        (["DATA=~/my data", "RUNS=my runs"], f"{os.environ['HOME']}/my data", "my runs"),
+        (["DATA=~/my data", "RUNS=my runs #1"], f"{os.environ['HOME']}/my data", "my runs #1"),
     ):
         text = run_make(*dry, *given).stdout
         assert (

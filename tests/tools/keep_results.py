@@ -272,8 +272,9 @@ def _degradation(runs: Sequence[RunSummary]) -> str:
     """Training accuracy by depth, which over-fitting cannot lower; empty for a single depth."""
     families: dict[Any, dict[str, dict[int, list[float]]]] = {}
     for run in runs:
+        assert run.train_accuracy is not None
         family = families.setdefault((run.shape[1], len(run.history)), {})
-        family.setdefault(NAMES[run.model], {}).setdefault(run.layers, []).append(run.train_accuracy or 0.0)
+        family.setdefault(NAMES[run.model], {}).setdefault(run.layers, []).append(run.train_accuracy)
     parts = [
         f"{name} {' and '.join(f'{100 * mean(depths[layers]):.1f} %' for layers in sorted(depths))}"
         f" with {' and '.join(map(str, sorted(depths)))} layers"
