@@ -31,9 +31,10 @@ from job.errors import (
     Superseded,
     UsageError,
 )
+from job.storage import CONFIG as CONFIG
+from job.storage import RECORD as RECORD
 from job.storage import AlreadyExists, Conflict, Entry, NotFound, Store, crc32c, disk_errors, open_store
 
-CONFIG, RECORD = "config.json", "record.json"
 MODEL, RESULT = "model.keras", "result.json"  # of a complete run
 STATES = ("running", "interrupted", "diverged", "complete")
 CHECKPOINT = re.compile(r"checkpoints/step-\d{10}-a(?P<attempt>\d{4,})-[0-9a-f]+\.keras")
@@ -118,7 +119,7 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(data)
         version = values.pop("format")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InvalidData(
             f"{where} must be a JSON object with a format number, but {error!r}; restore it or choose "
             "another --name"

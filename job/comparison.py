@@ -25,12 +25,14 @@ from job.summaries import (
     Skipped,
     distinction,
     final_accuracy_of,
+    shortened,
     size_of,
     without_copies,
 )
 from job.summaries import load_runs as load_runs  # what is compared, for callers
 
 CONFIDENCE = 0.95
+NO_DEPTH_FIGURE = "No figure: no network was finished at several depths under equal conditions"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +108,15 @@ def depth_changes(found: Iterable[Pairing]) -> list[Pairing]:
     """
     families: dict[Any, list[Pairing]] = defaultdict(list)
     for pairing in found:
-        families[pairing.family].append(pairing)
+        if pairing.seeds:
+            families[pairing.family].append(pairing)
     changes = []
     for members in families.values():
         shallow, deep = (choose(members, key=lambda pairing: pairing.layers) for choose in (min, max))
         seeds = [seed for seed in deep.seeds if seed in shallow.seeds]
-        one_of_each_depth = len({pairing.layers for pairing in members}) == len(members) > 1
-        if one_of_each_depth and seeds:
+        # Other blocks may make the same depth: then there is no saying from which of them, or to which.
+        extremes = [pairing for pairing in members if pairing.layers in (shallow.layers, deep.layers)]
+        if extremes in ([shallow, deep], [deep, shallow]) and seeds:
             title = f"change of the difference from {shallow.layers} layers to {deep.title}"
             gains = tuple(deep.of_seed(seed) - shallow.of_seed(seed) for seed in seeds)
             changes.append(Pairing(title=title, seeds=tuple(seeds), differences=gains))
@@ -142,24 +146,41 @@ def _title(run: RunSummary, groups: Iterable[Sequence[RunSummary]]) -> str:
 
 def caveats(runs: Sequence[RunSummary]) -> list[str]:
     """What a reader must know first: how the runs differ, which are unfinished, which are there twice."""
-    found = _differences(runs)
+    found = [f"{text}. Only runs that agree are paired" for text in _splits(runs, _conditions_of)]
+    finished = [run for run in runs if run.complete]
+    found += [f"{text}. They are paired all the same" for text in _splits(finished, _circumstances_of)]
     if unfinished := [run for run in runs if not run.complete]:
         names = ", ".join(f"{run.name} ({run.state}, {_progress(run)} epochs)" for run in unfinished)
         found.append(f"not finished, therefore not paired: {names}")
-    same: dict[Any, list[str]] = defaultdict(list)
-    for run in runs:
-        if run.complete:
-            same[run.repeats].append(run.location)
-    repeated = [locations for locations in same.values() if len(locations) > 1]
-    return found + [
-        f"one run in several places, the first is paired: {', '.join(places)}" for places in repeated
-    ]
+    same: dict[Any, list[RunSummary]] = defaultdict(list)
+    for run in finished:
+        same[run.repeats].append(run)
+    return found + [_repetition(repeated) for repeated in same.values() if len(repeated) > 1]
 
 
-def _differences(runs: Sequence[RunSummary]) -> list[str]:
+def _repetition(runs: Sequence[RunSummary]) -> str:
+    """One run in several places, or, which is another matter, several runs of the same settings and seed."""
+    if len({run.history for run in runs}) == 1:
+        places = ", ".join(run.location for run in runs)
+        return f"one run in several places, the first is paired: {places}"
+    places = ", ".join(f"{run.location} ({_percent(run.final_accuracy)})" for run in runs)
+    return f"equal settings and seed, other results, and only the first is paired: {places}"
+
+
+def _conditions_of(run: RunSummary) -> dict[str, Any]:
+    return dict(run.conditions)
+
+
+def _circumstances_of(run: RunSummary) -> dict[str, Any]:
+    """Hardware and versions, as far as they are not among the conditions."""
+    return {field: value for field, value in run.computed_by if dict(run.conditions).get(field) is None}
+
+
+def _splits(runs: Sequence[RunSummary], look: Callable[[RunSummary], dict[str, Any]]) -> list[str]:
     """One warning for each way in which the runs split; fields that split them alike share it."""
     splits: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    columns = {field: [dict(run.conditions)[field] for run in runs] for field, _ in runs[0].conditions}
+    seen = [look(run) for run in runs]
+    columns = {field: [values.get(field) for values in seen] for field in (seen[0] if seen else ())}
     for field, values in columns.items():
         first_seen = list(dict.fromkeys(values))
         if len(first_seen) > 1:
@@ -171,9 +192,9 @@ def _difference(fields: Sequence[str], values: Sequence[Any], runs: Sequence[Run
     sides = []
     for value in dict.fromkeys(values):
         names = [run.name for run, other in zip(runs, values, strict=True) if other == value]
-        sides.append(f"{str(value)[:12]} ({', '.join(names) if len(names) <= 3 else f'{len(names)} runs'})")
+        sides.append(f"{shortened(value)} ({', '.join(names) if len(names) <= 3 else f'{len(names)} runs'})")
     also = f"; with it {', '.join(fields[1:])}" if len(fields) > 1 else ""
-    return f"the runs differ in {fields[0]}: {' against '.join(sides)}{also}. Only runs that agree are paired"
+    return f"the runs differ in {fields[0]}: {' against '.join(sides)}{also}"
 
 
 # -- text ----------------------------------------------------------------------------------------------------
@@ -246,7 +267,8 @@ def _footnote(runs: Sequence[RunSummary]) -> str:
     images = " or ".join(dict.fromkeys(run.validated_on for run in runs))
     return (
         f"* highest of all epochs, on the {images}, optimistic; validation: after the last epoch;\n"
-        "  train: the mean over that epoch, while the weights still moved."
+        "  train: the mean over that epoch, while the weights still moved;\n"
+        "  time: of training and evaluation, over all attempts."
     )
 
 
@@ -306,6 +328,8 @@ def markdown_report(
     lines += [*_findings(runs, "- "), "", "## Curves", "", "![Accuracy and loss per epoch](curves.png)", ""]
     if depth:
         lines += ["## Depth", "", "![Accuracy against depth](depth.png)", ""]
+    elif len({run.layers for run in runs}) > 1:
+        lines += ["## Depth", "", f"{NO_DEPTH_FIGURE}.", ""]
     lines += [
         "## Runs",
         "",

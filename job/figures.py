@@ -56,10 +56,10 @@ class _Series:
     runs: tuple[RunSummary, ...]
 
     def values(self, metric: str) -> list[list[float]]:
-        """``values[epoch][run]`` of the epochs that every run has reached."""
+        """``values[epoch][run]``; finished runs of equal conditions have as many epochs."""
         return [
             [getattr(epoch, metric) for epoch in epochs]
-            for epochs in zip(*(run.history for run in self.runs), strict=False)
+            for epochs in zip(*(run.history for run in self.runs), strict=True)
         ]
 
 
@@ -81,12 +81,14 @@ def curves_figure(runs: Sequence[RunSummary], panels: Sequence[tuple[str, str]] 
     _share_scale(axes[:, [metric.endswith("accuracy") for _, metric in panels]].flat)
     for row, shape in zip(axes, shapes, strict=True):
         members = [run for run in runs if run.shape == shape]
+        series = _series(members)
         for axis, (title, metric) in zip(row, panels, strict=True):
-            _draw_curves(axis, _series(members), metric)
+            _draw_curves(axis, series, metric)
             _label_curves(
                 axis, f"{title}, {size_of(members[0], runs, width=several_widths)}", metric, members
             )
-        row[0].legend(loc="best", fontsize=9, frameon=False)
+        if series:
+            row[0].legend(loc="best", fontsize=9, frameon=False)
     figure.suptitle(_title(axes.flat), fontsize=13)
     return figure
 
@@ -106,24 +108,30 @@ def _title(axes: Iterable[Axes]) -> str:
 
 
 def _series(runs: Sequence[RunSummary]) -> list[_Series]:
-    """Group by network and conditions; an unfinished run does not shorten the curve of finished ones."""
+    """Group by network and conditions; unfinished runs are drawn one by one, where none is finished."""
     groups: dict[Any, list[RunSummary]] = defaultdict(list)
     for run in without_copies(runs):
         groups[run.conditions, run.model].append(run)
     settings = list(dict.fromkeys(conditions for conditions, _ in groups))
     series = []
     for (conditions, model), members in groups.items():
-        chosen = [run for run in members if run.complete] or [run for run in members if run.history]
-        count = "1 seed" if len(chosen) == 1 else f"{len(chosen)} seeds"
-        parts = [NAMES[model], *distinction(members[0], settings), count]
-        if not all(run.complete for run in chosen):
-            parts.append("unfinished")
+        name = ", ".join([NAMES[model], *distinction(members[0], settings)])
         line = LINES[settings.index(conditions) % len(LINES)]
-        series.append(_Series(", ".join(parts), COLOURS[model], line, tuple(chosen)))
-    return [item for item in series if item.runs]
+        if finished := tuple(run for run in members if run.complete):
+            count = "1 seed" if len(finished) == 1 else f"{len(finished)} seeds"
+            series.append(_Series(f"{name}, {count}", COLOURS[model], line, finished))
+        else:
+            series += [
+                _Series(f"{name}, seed {run.identity.seed}, unfinished", COLOURS[model], line, (run,))
+                for run in members
+                if run.history
+            ]
+    return series
 
 
 def _draw_curves(axis: Axes, series: Sequence[_Series], metric: str) -> None:
+    if not series:
+        axis.text(0.5, 0.5, "no epoch is finished yet", ha="center", transform=axis.transAxes)
     for item in series:
         values = item.values(metric)
         epochs = range(1, len(values) + 1)

@@ -44,7 +44,7 @@ from job.errors import (
 
 T = TypeVar("T")
 
-RECORD = "record.json"
+CONFIG, RECORD = "config.json", "record.json"  # what makes a folder a run
 DEADLINE_SECONDS = 60.0  # without progress; above a server's usual hiccup, far below a Job's patience
 BLOCK_BYTES = 1 << 20
 # What ``link`` answers where the file system, or the pair of file systems, has no hard links.
@@ -153,21 +153,23 @@ def join(location: str, *parts: str) -> str:
 
 
 def find_runs(location: str) -> tuple[list[str], list[OSError]]:
-    """Find the runs at or below ``location``.
+    """Find the runs at or below ``location``, of a folder also where links lead.
 
     Returns:
-        Their locations, sorted, ``location`` itself first if it is one; and for each folder below it that
-        cannot be read, which may hide more of them, the error.
+        Their locations, sorted, ``location`` itself first if it is one: wherever a record is, or a
+        configuration, whose record may be lost. And for each folder below that cannot be read, which may
+        hide more of them, the error.
     """
     unreadable: list[OSError] = []
     with contextlib.closing(open_store(location)) as store:
         if isinstance(store, LocalStore):
-            paths = _visible_files(store.root, unreadable.append)
+            paths = _visible_files(store.root, unreadable.append, follow_links=True)
             names = [path.relative_to(store.root).as_posix() for path in paths]
         else:
             names = [entry.name for entry in store.list()]
-    folders = sorted(name[: -len(RECORD)].rstrip("/") for name in names if f"/{name}".endswith(f"/{RECORD}"))
-    return [join(location, folder) for folder in folders], unreadable
+    parts = [name.rpartition("/") for name in names]
+    found = {folder for folder, _, name in parts if name in (CONFIG, RECORD)}
+    return [join(location, folder) for folder in sorted(found)], unreadable
 
 
 def crc32c(source: Path | bytes) -> int:
@@ -620,13 +622,18 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _visible_files(folder: Path, unreadable: Callable[[OSError], None] = _raise) -> Iterator[Path]:
+def _visible_files(
+    folder: Path, unreadable: Callable[[OSError], None] = _raise, *, follow_links: bool = False
+) -> Iterator[Path]:
     def note(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             unreadable(error)
 
-    for parent, folders, files in os.walk(folder, onerror=note):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen = {os.path.realpath(folder)}  # links may lead to one place twice, or round in a circle
+    for parent, folders, files in os.walk(folder, onerror=note, followlinks=follow_links):
+        places = {name: os.path.realpath(Path(parent, name)) for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, place in places.items() if place not in seen]
+        seen.update(places.values())
         yield from (Path(parent, name) for name in files if not name.startswith("."))
 
 

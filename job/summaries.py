@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +45,15 @@ class RunSummary:
     test_accuracy: float | None  # only with a hold-out: then the test set is evaluated once, at the end
     images_per_second: float | None
     seconds: float  # wall time of training and evaluation over all attempts
+    replicas: int | None  # of the attempt that finished
+    computed_by: tuple[tuple[str, str], ...]  # hardware and versions of that attempt, by field
 
     @classmethod
     def from_record(cls, location: str, config: Mapping[str, Any], record: Record) -> RunSummary:
         """Summarize config.json and record.json.
 
         Raises:
-            KeyError, TypeError, AttributeError, ValueError: the content is foreign or damaged.
+            KeyError, TypeError, AttributeError, ValueError, OverflowError: it is foreign or damaged.
         """
         result, history, settings = record.result or {}, record.history, config.get("settings", {})
         last = history[-1] if history else {"train": {}, "validation": {}}
@@ -61,17 +64,27 @@ class RunSummary:
             state=STATES[STATES.index(record.state)],  # an unknown one is a ValueError
             planned_epochs=int(result.get("epochs") or max(planned, len(history))),
             history=tuple(map(_epoch, history)),
-            train_accuracy=_number(result.get("train", last["train"]).get("accuracy")),
-            validation_accuracy=_number(result.get("validation", last["validation"]).get("accuracy")),
-            test_accuracy=_number((result.get("test") or {}).get("accuracy")),
+            train_accuracy=_accuracy(result.get("train", last["train"]).get("accuracy")),
+            validation_accuracy=_accuracy(result.get("validation", last["validation"]).get("accuracy")),
+            test_accuracy=_accuracy((result.get("test") or {}).get("accuracy")),
             images_per_second=_number(result.get("images_per_second", _speed(history))),
-            seconds=float(result.get("seconds", _spent(record))),
+            seconds=_number(result.get("seconds", _spent(record))) or 0.0,
+            replicas=result.get("replicas"),
+            computed_by=tuple(_computed_by(result)),
         )
-        if summary.complete and summary.final_accuracy is None:
-            raise ValueError("complete, but without an accuracy")
-        # Runs are grouped by these: a list among them is a TypeError, a word for a seed a ValueError.
-        hash((summary.shape, summary.conditions, int(summary.identity.seed)))
+        summary._check()
         return summary
+
+    def _check(self) -> None:
+        """Raise TypeError or ValueError for what would break the comparison with other runs."""
+        if self.complete and self.final_accuracy is None:
+            raise ValueError("complete, but without an accuracy")
+        if self.complete and len(self.history) != self.planned_epochs:
+            raise ValueError(f"complete with {self.planned_epochs} epochs, but it has {len(self.history)}")
+        if type(self.identity.seed) is not int or type(self.identity.recipe.name) is not str:
+            raise TypeError("a seed must be a whole number, and a recipe a word")
+        # Runs are grouped by these, and a list cannot be; a network of fractions has no parameters.
+        hash((self.shape, self.conditions, self.identity.network.parameters))
 
     @property
     def name(self) -> str:
@@ -126,6 +139,8 @@ class RunSummary:
         values = self.identity.to_json()
         values |= values.pop("recipe_values")
         values["epochs"] = self.planned_epochs  # the identity's is empty where the length changes nothing
+        # Where each replica has statistics of its own, their number changes what is computed.
+        values["replicas"] = None if self.identity.sync_batch_norm else self.replicas
         return tuple((field, value) for field, value in values.items() if field not in COMPARED)
 
 
@@ -133,15 +148,43 @@ def _epoch(entry: Mapping[str, Any]) -> Epoch:
     train, validation = entry["train"], entry["validation"]
     return Epoch(
         number=entry["epoch"] + 1,
-        train_loss=float(train["loss"]),
-        train_accuracy=float(train["accuracy"]),
-        validation_loss=float(validation["loss"]),
-        validation_accuracy=float(validation["accuracy"]),
+        train_loss=_finite(train["loss"]),
+        train_accuracy=_fraction(train["accuracy"]),
+        validation_loss=_finite(validation["loss"]),
+        validation_accuracy=_fraction(validation["accuracy"]),
     )
 
 
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"a number must be finite, not {number}")
+    return number
+
+
+def _fraction(value: Any) -> float:
+    number = float(value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"an accuracy must be between 0 and 1, not {number}")
+    return number
+
+
 def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else _finite(value)
+
+
+def _accuracy(value: Any) -> float | None:
+    return None if value is None else _fraction(value)
+
+
+def _computed_by(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a result says of its hardware and versions, as words."""
+    if "devices" in result:
+        yield "devices", " and ".join(result["devices"])
+    if "replicas" in result:
+        yield "replicas", str(result["replicas"])
+    for package, version in result.get("versions", {}).items():
+        yield package, str(version)
 
 
 def _speed(history: Sequence[Mapping[str, Any]]) -> float | None:
@@ -231,10 +274,12 @@ def _load(location: str) -> RunSummary:
         try:
             return RunSummary.from_record(location, config, read_record(store))
         except NotFound as error:
-            raise InvalidData("not a run of this job: no record.json") from error
+            raise InvalidData(
+                "has config.json, but no record.json: not begun, lost, or not of this job"
+            ) from error
         except KeyError as error:
             raise InvalidData(f"not a run of this job: its record lacks {error}") from error
-        except (TypeError, AttributeError, ValueError) as error:
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:
             raise InvalidData(f"its record is damaged: {error}") from error
 
 
@@ -278,7 +323,21 @@ def distinction(run: RunSummary, alternatives: Sequence[tuple[tuple[str, Any], .
         for field, value in run.conditions
         if any(dict(other)[field] != value for other in alternatives)
     ]
-    if any(field == "recipe" for field, _ in apart):
-        values = vars(run.identity.recipe)
-        apart = [(field, value) for field, value in apart if field == "recipe" or field not in values]
-    return [f"{field.replace('_', ' ')} {str(value)[:12]}" for field, value in apart]
+    # A recipe's name says all of its values, but where runs of that name differ in them.
+    of_this_name = [
+        dict(other) for other in alternatives if dict(other)["recipe"] == run.identity.recipe.name
+    ]
+    said_by_name = {
+        field
+        for field in vars(run.identity.recipe)
+        if len(of_this_name) < len(alternatives) and len({other.get(field) for other in of_this_name}) == 1
+    }
+    return [
+        f"{field.replace('_', ' ')} {shortened(value)}" for field, value in apart if field not in said_by_name
+    ]
+
+
+def shortened(value: Any) -> str:
+    """A value as text; of a digest its first digits."""
+    text = str(value)
+    return text if len(text) <= 40 else text[:12]

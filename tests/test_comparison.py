@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from job.comparison import Pairing
 from job.config import RECIPES, Network, Settings
 from job.errors import MissingInput, UsageError
 from job.storage import open_store
-from job.summaries import RunSummary, load_runs
+from job.summaries import NAMES, RunSummary, load_runs
 
 TWENTY, FIFTY_SIX = (3, 3, 3), (9, 9, 9)
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -45,6 +46,7 @@ def write_run(
     data: str = "5a" * 32,
     precision: Any = "float32",
     planned: int | None = None,
+    computed: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
     """A run folder of one epoch for each validation accuracy; training is 0.125 better."""
@@ -56,7 +58,7 @@ def write_run(
     record: dict[str, Any] = {"format": 1, "attempt": 1, "nonce": "0a", "state": state, "commits": []}
     record |= {"history": history, "result": None}
     if state == "complete":
-        record["result"] = result(history, network, test_accuracy)
+        record["result"] = result(history, network, test_accuracy) | (computed or {})
     folder.mkdir(parents=True)
     config = {"format": 1, "identity": identity.to_json(), "settings": {"epochs": epochs}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -135,7 +137,8 @@ def test_the_table_shows_a_finished_run_s_own_result(tmp_path: Path) -> None:
     }
     assert comparison.table(runs).endswith(
         "\n* highest of all epochs, on the test set, optimistic; validation: after the last epoch;\n"
-        "  train: the mean over that epoch, while the weights still moved."
+        "  train: the mean over that epoch, while the weights still moved;\n"
+        "  time: of training and evaluation, over all attempts."
     )
 
 
@@ -300,6 +303,18 @@ def test_the_change_with_depth_is_taken_seed_by_seed(tmp_path: Path) -> None:
     assert comparison.depth_changes(found[:1]) == []
 
 
+def test_a_run_without_a_twin_hides_no_change_with_depth(tmp_path: Path) -> None:
+    twins(tmp_path / "a", (0.01, 0.03))
+    twins(tmp_path / "b", (0.25, 0.21), blocks=FIFTY_SIX)
+    write_run(tmp_path / "deeper", blocks=(18, 18, 18))
+    twins(tmp_path / "c", (0.02, 0.02), blocks=(5, 5, 5))
+    twins(tmp_path / "d", (0.02, 0.02), blocks=(5, 6, 4))  # as deep, between the two
+    (change,) = comparison.depth_changes(comparison.pairings(load_runs([str(tmp_path)])[0]))
+
+    assert change.title.startswith("change of the difference from 20 layers to 56 layers")
+    assert change.differences == pytest.approx((24, 18))
+
+
 def test_equal_depth_and_width_of_other_blocks_are_told_apart(tmp_path: Path) -> None:
     twins(tmp_path / "a", (0.01,))
     twins(tmp_path / "b", (0.25,), blocks=(1, 7, 1))
@@ -349,6 +364,55 @@ def test_runs_that_differ_are_not_paired_and_say_how(
     assert len({pairing.title for pairing in comparison.pairings(runs)}) == 2
 
 
+def test_every_setting_has_a_title_of_its_own(tmp_path: Path) -> None:
+    slow = replace(RECIPES["article"], learning_rate=0.01)
+    for recipe, name in ((RECIPES["article"], "a"), (slow, "b"), (RECIPES["he"], "c")):
+        twins(tmp_path / name, (0.01,), recipe=recipe)
+    runs, _ = load_runs([str(tmp_path)])
+
+    expected = ["recipe article, learning rate 0.001", "recipe article, learning rate 0.01", "recipe he"]
+    titles = [pairing.title for pairing in comparison.pairings(runs)]
+    assert titles == [f"20 layers, 16 filters, {text}" for text in expected]
+    drawn = legend(figures.curves_figure(runs).axes[0])
+    assert set(drawn) == {f"{network}, {text}, 1 seed" for network in NAMES.values() for text in expected}
+
+
+CPU: dict[str, Any] = {"devices": ["AMD EPYC, 1 core"], "replicas": 1, "versions": {"tensorflow": "2.21.0"}}
+
+
+@pytest.mark.parametrize(
+    ("other", "warning"),
+    [
+        ({"replicas": 8}, "replicas: 1 (a) against 8 (b)"),
+        ({"versions": {"tensorflow": "2.22.0"}}, "tensorflow: 2.21.0 (a) against 2.22.0 (b)"),
+        (
+            {"devices": ["NVIDIA A100"] * 2, "replicas": 2},
+            "devices: AMD EPYC, 1 core (a) against NVIDIA A100 and NVIDIA A100 (b); with it replicas",
+        ),
+    ],
+)
+def test_runs_of_other_hardware_or_versions_are_paired_and_say_so(
+    tmp_path: Path, other: dict[str, Any], warning: str
+) -> None:
+    write_run(tmp_path / "a", "resnet", computed=CPU)
+    write_run(tmp_path / "b", "plainnet", computed=CPU | other)
+    runs, _ = load_runs([str(tmp_path)])
+
+    assert comparison.caveats(runs) == [f"the runs differ in {warning}. They are paired all the same"]
+    assert comparison.pairings(runs)[0].seeds == (0,)
+
+
+def test_replicas_with_statistics_of_their_own_are_another_computation(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "resnet", computed=CPU, sync_batch_norm=False)
+    write_run(tmp_path / "b", "plainnet", computed=CPU | {"replicas": 8}, sync_batch_norm=False)
+    runs, _ = load_runs([str(tmp_path)])
+
+    assert comparison.caveats(runs) == [
+        "the runs differ in replicas: 1 (a) against 8 (b). Only runs that agree are paired"
+    ]
+    assert [pairing.seeds for pairing in comparison.pairings(runs)] == [(), ()]
+
+
 def test_runs_that_agree_get_no_warning(tmp_path: Path) -> None:
     assert comparison.caveats(twins(tmp_path, (0.01, 0.02))) == []
 
@@ -377,7 +441,8 @@ def test_a_folder_by_another_name_is_the_same_run(tmp_path: Path, monkeypatch: p
 
 def test_unfinished_and_repeated_runs_are_named(tmp_path: Path) -> None:
     twins(tmp_path / "a", (0.01,))
-    write_run(tmp_path / "b" / "copy", "resnet", accuracies=(0.25, 0.75))
+    write_run(tmp_path / "b" / "again", "resnet", accuracies=(0.25, 0.75))
+    shutil.copytree(tmp_path / "a" / "plainnet9-0", tmp_path / "b" / "copy")
     write_run(tmp_path / "c", "resnet", accuracies=(0.25,), planned=2, state="interrupted", seed=1)
     write_run(tmp_path / "d", "plainnet", seed=1)
     runs, _ = load_runs([str(tmp_path)])
@@ -387,14 +452,18 @@ def test_unfinished_and_repeated_runs_are_named(tmp_path: Path) -> None:
     assert pairing.unpaired == ("d",)
     assert comparison.caveats(runs) == [
         "not finished, therefore not paired: c (interrupted, 1 of 2 epochs)",
-        f"one run in several places, the first is paired: {tmp_path}/a/resnet9-0, {tmp_path}/b/copy",
+        "equal settings and seed, other results, and only the first is paired: "
+        f"{tmp_path}/a/resnet9-0 (51.00%), {tmp_path}/b/again (75.00%)",
+        f"one run in several places, the first is paired: {tmp_path}/a/plainnet9-0, {tmp_path}/b/copy",
     ]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
+        ("record.json", None, "but no record.json"),
         ("record.json", "{", "record.json must be a JSON object"),
+        ("record.json", "[" * 100_000, "record.json must be a JSON object"),
         ("record.json", '{"format": 99}', "has format 99"),
         ("record.json", '{"format": 1, "commits": [], "history": [{}]}', "lacks 'train'"),
         ("config.json", None, "no config.json"),
@@ -426,7 +495,14 @@ def test_foreign_and_damaged_folders_are_named_and_skipped(
         {"state": "asleep"},
         {"result": {"validation": {"accuracy": "x"}}},
         {"result": {"validation": {"accuracy": None}}},
+        {"result": {"validation": {"accuracy": math.nan}}},
+        {"result": {"validation": {"accuracy": 77.17}}},
         {"result": {"train": {"accuracy": []}}},
+        {"result": {"validation": {"accuracy": 0.75}, "epochs": math.inf}},
+        {"result": {"validation": {"accuracy": 0.75}, "seconds": math.nan}},
+        {"result": {"validation": {"accuracy": 0.75}, "images_per_second": math.inf}},
+        {"result": {"validation": {"accuracy": 0.75}, "devices": 3}},
+        {"history": []},
         {"history": [{"epoch": 0, "train": {"loss": "x"}, "validation": {}}]},
     ],
     ids=str,
@@ -443,7 +519,19 @@ def test_a_damaged_value_costs_its_own_run_only(tmp_path: Path, changes: dict[st
     assert [item.location for item in skipped] == [str(bad)]
 
 
-@pytest.mark.parametrize("changes", [{"seed": "x"}, {"seed": None}, {"batch_size": [1]}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": "x"},
+        {"seed": "1"},
+        {"seed": None},
+        {"recipe": None},
+        {"filters": 16.0},
+        {"blocks": [3.0, 3, 3]},
+        {"batch_size": [1]},
+    ],
+    ids=str,
+)
 def test_a_damaged_identity_costs_its_own_run_only(tmp_path: Path, changes: dict[str, Any]) -> None:
     write_run(tmp_path / "good")
     bad = write_run(tmp_path / "bad", seed=1)
@@ -506,6 +594,20 @@ def test_runs_in_a_bucket_are_compared_too(tmp_path: Path, gcs_bucket: str) -> N
     assert list(map(str, skipped)) == [f"{gcs_bucket}/absent: holds no run (no record.json here or below)"]
 
 
+def test_links_to_runs_are_followed_and_no_circle_is_endless(tmp_path: Path) -> None:
+    write_run(tmp_path / "elsewhere" / "run")
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    (shown / "run").symlink_to(tmp_path / "elsewhere" / "run")
+    (shown / "run" / "back").symlink_to(shown)
+    (shown / "same").symlink_to(tmp_path / "elsewhere" / "run")
+
+    runs, skipped = load_runs([str(shown)])
+
+    assert [run.location for run in runs] == [str(shown / "run")]
+    assert not skipped
+
+
 def test_no_run_left_is_missing_input(tmp_path: Path) -> None:
     record = write_run(tmp_path / "run") / "record.json"
     with pytest.raises(MissingInput) as caught:
@@ -537,9 +639,43 @@ def test_the_report_holds_table_findings_figures_and_raw_values(tmp_path: Path) 
     with paths[1].open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
-    assert (rows[0]["model"], rows[0]["blocks"], rows[0]["state"]) == ("resnet", "3,3,3", "complete")
-    assert float(rows[0]["validation_accuracy"]) == 0.51
-    assert rows[0]["test_accuracy"] == ""
+
+
+def test_the_raw_values_are_those_of_the_run(tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path / "held-out", accuracies=(0.5, 0.875, 0.75), test_accuracy=0.625, holdout=5000, seed=3
+    )
+    write_run(tmp_path / "begun", "plainnet", accuracies=(), planned=20, state="running")
+    paths = comparison.write_report(load_runs([str(tmp_path)])[0], tmp_path / "report")
+
+    with paths[1].open(newline="") as file:
+        finished, begun = csv.DictReader(file)
+    assert finished == {
+        "run": "held-out",
+        "model": "resnet",
+        "layers": "20",
+        "blocks": "3,3,3",
+        "filters": "16",
+        "parameters": "274454",
+        "recipe": "article",
+        "batch_size": "128",
+        "seed": "3",
+        "epochs": "3",
+        "planned_epochs": "3",
+        "validation_accuracy": "0.75",
+        "validated_on": "hold-out",
+        "test_accuracy": "0.625",
+        "highest_validation_accuracy": "0.875",
+        "train_accuracy": "0.9375",
+        "images_per_second": "1234.5",
+        "seconds": "3725.4",
+        "precision": "float32",
+        "data_sha256": "5a" * 32,
+        "state": "complete",
+        "location": str(folder),
+    }
+    assert (begun["epochs"], begun["planned_epochs"], begun["state"]) == ("0", "20", "running")
+    assert begun["validation_accuracy"] == begun["test_accuracy"] == begun["images_per_second"] == ""
 
 
 def test_a_report_on_one_depth_has_no_depth_figure_and_replaces_an_older_one(tmp_path: Path) -> None:
@@ -550,7 +686,17 @@ def test_a_report_on_one_depth_has_no_depth_figure_and_replaces_an_older_one(tmp
     paths = comparison.write_report(runs, tmp_path / "report")
 
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(p.name for p in paths)
-    assert "depth.png" not in paths[0].read_text()
+    assert "## Depth" not in paths[0].read_text()
+
+
+def test_depths_that_cannot_be_compared_have_no_figure_and_the_report_says_why(tmp_path: Path) -> None:
+    twins(tmp_path / "a", (0.01,))
+    write_run(tmp_path / "b", blocks=FIFTY_SIX, accuracies=(0.5, 0.5, 0.5))
+    paths = comparison.write_report(load_runs([str(tmp_path)])[0], tmp_path / "report")
+
+    assert "depth.png" not in [path.name for path in paths]
+    text = paths[0].read_text()
+    assert "No figure: no network was finished at several depths under equal conditions." in text
 
 
 def test_markdown_warns_visibly_and_escapes_the_footnote_mark(tmp_path: Path) -> None:
@@ -603,6 +749,8 @@ def test_curves_show_mean_and_range_over_seeds_in_four_labelled_panels(tmp_path:
     assert y_of(plainnet) == [0.25, 0.5]
     band = figure.axes[1].collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == (0.25, 0.6875)
+    assert y_of(figure.axes[0].lines[0]) == [0.375, 0.75]
+    assert y_of(figure.axes[2].lines[1]) == [1.75, 1.5]
     assert y_of(figure.axes[3].lines[1]) == [2.25, 2.0]
     assert figure.get_suptitle() == "ResNet against PlainNet: mean over seeds, band from lowest to highest"
 
@@ -661,11 +809,23 @@ def test_an_unfinished_run_does_not_shorten_the_curve_of_finished_ones(tmp_path:
     assert y_of(resnet) == [0.25, 0.5625]
 
 
-def test_a_curve_of_unfinished_runs_says_so(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", accuracies=(0.75,), planned=2, state="running")
-    axis = figures.curves_figure(load_runs([str(tmp_path)])[0]).axes[0]
+def test_unfinished_runs_are_drawn_one_by_one_as_far_as_they_are(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", accuracies=(0.25, 0.5), planned=3, state="running")
+    write_run(tmp_path / "b", accuracies=(0.75,), planned=3, state="interrupted", seed=1)
+    write_run(tmp_path / "c", accuracies=(), planned=3, state="running", seed=2)
+    axis = figures.curves_figure(load_runs([str(tmp_path)])[0]).axes[1]
 
-    assert legend(axis) == ["ResNet, 1 seed, unfinished"]
+    assert [line.get_label() for line in axis.lines] == [
+        "ResNet, seed 0, unfinished",
+        "ResNet, seed 1, unfinished",
+    ]
+    assert [y_of(line) for line in axis.lines] == [[0.25, 0.5], [0.75]]
+
+
+def test_before_the_first_epoch_the_panels_say_so(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", accuracies=(), planned=3, state="running")
+    for axis in figures.curves_figure(load_runs([str(tmp_path)])[0]).axes:
+        assert [text.get_text() for text in axis.texts] == ["no epoch is finished yet"]
 
 
 def test_depth_figure_draws_means_and_every_run(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tensorboard.compat.proto import event_pb2, graph_pb2
 from tensorboard.util import tensor_util
 
 from job import events
+from job.cifar10 import CLASSES
 from job.config import Network, Settings
 from job.pictures import CELL, DARK_BLUE, HEADER, MARGIN, confusion_matrix, png
 
@@ -42,6 +43,9 @@ sys.modules["tensorboard.compat.notf"] = types.ModuleType("notf")
 from tensorboard.main import run_main
 run_main()
 """
+
+
+CONFUSION = (90 * np.eye(10, dtype=int) + np.arange(10)).tolist()  # no mirror image of itself
 
 
 def config(model: Any = "resnet", seed: int = 0) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def entry(epoch: int, gain: float = 0.0) -> dict[str, Any]:
 def record(epochs: int, *, done: bool = False, gain: float = 0.0, holdout: bool = False) -> dict[str, Any]:
     result = {
         "steps": 391 * epochs,
-        "confusion": (90 * np.eye(10, dtype=int) + 1).tolist(),
+        "confusion": CONFUSION,
         "test": {"loss": 0.75, "accuracy": 0.625} if holdout else None,
     }
     return {"history": [entry(epoch, gain) for epoch in range(epochs)], "result": result if done else None}
@@ -217,6 +221,8 @@ def test_the_end_brings_the_confusion_matrix_and_with_a_hold_out_the_test_metric
     final = "validation/events.out.tfevents.0000000782-final"
     plain = values(events.segments(config(), record(2, done=True), GRID)[final])
     assert plain.keys() == {"confusion_matrix"}
+    drawn = tensor_util.make_ndarray(plain["confusion_matrix"].tensor).tolist()[2]
+    assert drawn == confusion_matrix(CONFUSION, CLASSES)
 
     held_out = events.segments(config(), record(2, done=True, holdout=True), GRID)[final]
     assert values(held_out).keys() == {"confusion_matrix", "test_loss", "test_accuracy"}

@@ -7,6 +7,7 @@ import re
 import shutil
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,24 @@ def test_the_training_accuracies_are_means_over_the_seeds() -> None:
             ]
             shown.append(f"{100 * statistics.mean(accuracies):.1f} %")
         assert f"{NAMES[model]} {' and '.join(shown)} with 20 and 56 layers" in text
+
+
+def test_degradation_is_found_only_where_a_deeper_network_is_worse_in_training() -> None:
+    runs = keep_results.kept_runs()
+    said = keep_results._degradation(runs)
+    assert "The deeper network is worse in training already, ResNet by 10.9 points and PlainNet by" in said
+
+    swapped = {20: 56, 56: 20}
+    by_shape = {run.layers: run.identity.network for run in runs}
+    mirrored = [
+        replace(
+            run,
+            identity=replace(run.identity, network=replace(by_shape[swapped[run.layers]], model=run.model)),
+        )
+        for run in runs
+        if run.layers in swapped
+    ]
+    assert "The deeper networks are no worse in training" in keep_results._degradation(mirrored)
 
 
 def test_the_figure_shows_the_kept_runs() -> None:

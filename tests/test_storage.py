@@ -456,10 +456,11 @@ def test_find_runs(store: Store, location: str) -> None:
     assert find_runs(location)[0] == []
     for name in ("b/record.json", "a/b/record.json", "a/config.json", "c/old-record.json", "z.record.json"):
         store.create(name, b"{}")
-    assert find_runs(location)[0] == [join(location, "a/b"), join(location, "b")]
+    # A configuration alone is that of a run which has lost its record.
+    assert find_runs(location)[0] == [join(location, folder) for folder in ("a", "a/b", "b")]
     assert find_runs(join(location, "b"))[0] == [join(location, "b")]
     store.create("record.json", b"{}")
-    assert find_runs(location)[0] == [location, join(location, "a/b"), join(location, "b")]
+    assert find_runs(location)[0] == [location, *(join(location, folder) for folder in ("a", "a/b", "b"))]
 
 
 @pytest.mark.parametrize(

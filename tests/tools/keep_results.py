@@ -32,7 +32,7 @@ from job.checkpoints import Record, read_config, read_record
 from job.comparison import COLUMNS, Pairing, depth_changes, pairings
 from job.config import FORMAT, Settings
 from job.figures import PANELS, curves_figure, depth_figure
-from job.storage import find_runs, open_store
+from job.storage import NotFound, find_runs, open_store
 from job.summaries import NAMES, RunSummary, load_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,8 +98,12 @@ def keep(location: str, kept: Path = KEPT) -> list[str]:
         print(f"cannot be read: {error}")
     for place in places:
         name = place.rstrip("/").rpartition("/")[2]
-        with closing(open_store(place)) as store:
-            config, record = read_config(store), read_record(store)
+        try:
+            with closing(open_store(place)) as store:
+                config, record = read_config(store), read_record(store)
+        except NotFound as error:
+            print(f"passed over: {error}")
+            continue
         if config and record.state == "complete" and len(record.history) == wanted.get(name):
             _write(kept / name, config, record)
             names.append(name)
@@ -275,18 +279,32 @@ def _degradation(runs: Sequence[RunSummary]) -> str:
         assert run.train_accuracy is not None
         family = families.setdefault((run.shape[1], len(run.history)), {})
         family.setdefault(NAMES[run.model], {}).setdefault(run.layers, []).append(run.train_accuracy)
-    parts = [
-        f"{name} {' and '.join(f'{100 * mean(depths[layers]):.1f} %' for layers in sorted(depths))}"
-        f" with {' and '.join(map(str, sorted(depths)))} layers"
+    deepened = [
+        (name, {layers: mean(depths[layers]) for layers in sorted(depths)})
         for family in families.values()
         for name, depths in family.items()
         if len(depths) > 1
     ]
-    if not parts:
+    if not deepened:
         return ""
+    listed = "; ".join(
+        f"{name} {' and '.join(f'{100 * accuracy:.1f} %' for accuracy in means.values())}"
+        f" with {' and '.join(map(str, means))} layers"
+        for name, means in deepened
+    )
+    losses = {name: 100 * (means[min(means)] - means[max(means)]) for name, means in deepened}
+    return f"Training accuracy, mean over the seeds: {listed}. {_said_of_depth(losses)}"
+
+
+def _said_of_depth(losses: dict[str, float]) -> str:
+    """What it means that the deepest networks lose so many points of training accuracy to the shallowest."""
+    worse = [f"{name} by {loss:.1f} points" for name, loss in losses.items() if loss > 0]
+    if not worse:
+        return "The deeper networks are no worse in training: there is no degradation here."
     return (
-        f"Training accuracy, mean over the seeds: {'; '.join(parts)}. A deeper network that is worse in "
-        "training already is not over-fitted but harder to train: what He et al. call degradation."
+        f"The deeper network is worse in training already, {' and '.join(worse)}. That is no over-fitting: "
+        "it is harder to train, or takes longer. He et al. call it degradation where it stays after "
+        "training that was long enough, and these epochs are few."
     )
 
 
@@ -316,8 +334,8 @@ def _conditions(runs: Sequence[RunSummary]) -> str:
         f"Computed in {precisions}, with float32 variables. Hardware: {devices} ({PROCESSOR}) a run, two "
         "runs at a time. Other work slowed some of them. Images/s is therefore the median over the epochs, "
         "and the training time is what all epochs take at that speed, without evaluation; `compare` shows "
-        f"the time that really passed. Versions: {'; '.join(versions)}. Each run's history, result and "
-        "confusion matrix are in `.github/experiment`. On a processor without bfloat16, "
+        f"the time that training and evaluation really took. Versions: {'; '.join(versions)}. Each run's "
+        "history, result and confusion matrix are in `.github/experiment`. On a processor without bfloat16, "
         "`make experiment PRECISION=float32` is faster; its runs cannot be paired with these."
     )
 
