@@ -148,18 +148,11 @@ def _epoch(entry: Mapping[str, Any]) -> Epoch:
     train, validation = entry["train"], entry["validation"]
     return Epoch(
         number=entry["epoch"] + 1,
-        train_loss=_finite(train["loss"]),
+        train_loss=float(train["loss"]),  # which is not finite where a run goes wrong
         train_accuracy=_fraction(train["accuracy"]),
-        validation_loss=_finite(validation["loss"]),
+        validation_loss=float(validation["loss"]),
         validation_accuracy=_fraction(validation["accuracy"]),
     )
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"a number must be finite, not {number}")
-    return number
 
 
 def _fraction(value: Any) -> float:
@@ -170,7 +163,10 @@ def _fraction(value: Any) -> float:
 
 
 def _number(value: Any) -> float | None:
-    return None if value is None else _finite(value)
+    number = None if value is None else float(value)
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"a number must be finite, not {number}")
+    return number
 
 
 def _accuracy(value: Any) -> float | None:

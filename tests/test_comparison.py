@@ -828,6 +828,18 @@ def test_before_the_first_epoch_the_panels_say_so(tmp_path: Path) -> None:
         assert [text.get_text() for text in axis.texts] == ["no epoch is finished yet"]
 
 
+def test_a_loss_that_is_not_finite_is_drawn_as_a_gap(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", accuracies=(0.25, 0.5), planned=3, state="diverged")
+    record = json.loads((folder / "record.json").read_text())
+    record["history"][1]["validation"]["loss"] = math.inf
+    (folder / "record.json").write_text(json.dumps(record))
+    runs, skipped = load_runs([str(tmp_path)])
+
+    assert not skipped
+    paths = comparison.write_report(runs, tmp_path / "report")
+    assert paths[2].read_bytes().startswith(PNG)
+
+
 def test_depth_figure_draws_means_and_every_run(tmp_path: Path) -> None:
     twins(tmp_path / "a", (0.0625, 0.1875))
     twins(tmp_path / "b", (0.25, 0.25), blocks=FIFTY_SIX)

@@ -200,11 +200,11 @@ def test_degradation_is_found_only_where_a_deeper_network_is_worse_in_training()
     assert "The deeper network is worse in training already, ResNet by 10.9 points and PlainNet by" in said
 
     swapped = {20: 56, 56: 20}
-    by_shape = {run.layers: run.identity.network for run in runs}
+    by_shape = {(run.model, run.layers): run.identity.network for run in runs}
     mirrored = [
         replace(
             run,
-            identity=replace(run.identity, network=replace(by_shape[swapped[run.layers]], model=run.model)),
+            identity=replace(run.identity, network=by_shape[run.model, swapped[run.layers]]),
         )
         for run in runs
         if run.layers in swapped
