@@ -96,7 +96,7 @@ data: $(READY) ## download CIFAR-10 into DATA and verify every file
 
 run: $(READY) ## train MODEL=resnet or MODEL=plainnet [DATA= RUNS= ARGS="--epochs 2 ..."]
 	@test -n "$(MODEL)" || { echo "MODEL must be resnet or plainnet, but it is empty; example: make run MODEL=resnet" >&2; exit 2; }
-	JOB_DATA="$(or $(RUN_DATA),$(DATA))" JOB_OUTPUT="$(or $(RUN_OUTPUT),$(RUNS))" $(JOB) train --model $(MODEL) $(ARGS)
+	exec env JOB_DATA="$(or $(RUN_DATA),$(DATA))" JOB_OUTPUT="$(or $(RUN_OUTPUT),$(RUNS))" $(JOB) train --model $(MODEL) $(ARGS)
 
 # TensorBoard opens on the first of its pages; the address that it prints is made to open on ours, unsmoothed.
 tensorboard: SHELL := bash
@@ -269,9 +269,10 @@ define NO_PYTHON
 endef
 
 # A run of the experiment as a line of its recipe: one that is finished says so, one that is not goes on.
+# exec, here and in `run`: make passes a SIGTERM on to the shell, which would not pass it on to the job.
 define TRAIN
 
-	JOB_DATA="$(DATA)" $(JOB) train --output "$(EXPERIMENT)" --precision $(PRECISION) --commit-every 5min $(1) $(ARGS)
+	exec env JOB_DATA="$(DATA)" $(JOB) train --output "$(EXPERIMENT)" --precision $(PRECISION) --commit-every 5min $(1) $(ARGS)
 endef
 
 # TensorBoard itself names the address of its first page only, and in a container another port.

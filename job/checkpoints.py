@@ -192,8 +192,11 @@ class Run:
             )
         return None
 
+    def _staging(self) -> Path:
+        return self.store.staging()
+
     def _read_commit(self, commit: Commit, read: Callable[[Path], Any]) -> Any:
-        path = self.store.staging() / f"restore-{secrets.token_hex(4)}.keras"
+        path = self._staging() / f"restore-{secrets.token_hex(4)}.keras"
         try:
             self.store.download(commit.name, path)
             size, checksum = path.stat().st_size, crc32c(path)
@@ -217,22 +220,44 @@ class Run:
         after: Callable[[], None],
         **changes: Any,
     ) -> None:
-        """Commit in the background; waits for the commit before it, and raises what that one met.
+        """Commit in the background, once the commit before it is done.
+
+        Where storage failed that one, this one takes its place and is waited for.
 
         Args:
             write: writes the checkpoint file.
             progress: of the state that is written.
             after: called once the record names the checkpoint.
             changes: other fields of the record.
+
+        Raises:
+            JobError: what the commit before it met, but a failure of storage; and that if it lasts.
         """
-        self.wait()
+        failed = self.settle()
         self._in_flight = self._executor.submit(self._commit, write, progress, after, changes)
+        if failed:
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the commit in flight, and raise what it met."""
         if self._in_flight is not None:
             future, self._in_flight = self._in_flight, None
             future.result()
+
+    @property
+    def commit_failed(self) -> bool:
+        """Whether storage has failed the commit in flight; to commit again, soon, loses the least."""
+        future = self._in_flight
+        return future is not None and future.done() and isinstance(future.exception(), StorageFailed)
+
+    def settle(self) -> bool:
+        """Wait for the commit in flight, and say whether storage failed it; raise all else that it met."""
+        try:
+            self.wait()
+        except StorageFailed as error:
+            log.warning("A commit failed, and what there is now is committed in its place: %s", error)
+            return True
+        return False
 
     def _commit(
         self,
@@ -315,8 +340,8 @@ class Run:
 
     def _poll_fence(self) -> None:
         while not self._closed.wait(FENCE_POLL_SECONDS):
-            self.on_poll()
-            with suppress(JobError, NotFound):
+            with suppress(JobError, NotFound, OSError):
+                self.on_poll()
                 self._check_fence()
 
     def _check_fence(self) -> None:
@@ -340,8 +365,12 @@ class Run:
 class Follower(Run):
     """A run that another process owns, or that is finished: it can be read, and nothing more."""
 
-    def __init__(self, store: Store, record: Record | None = None) -> None:
+    def __init__(self, store: Store, record: Record | None = None, *, staging: Path | None = None) -> None:
+        self._own_staging = staging
         super().__init__(store, record or Record(), "", keep=0, config={})
+
+    def _staging(self) -> Path:
+        return self._own_staging or super()._staging()
 
     def _poll_fence(self) -> None:
         """Only an owner can be superseded."""

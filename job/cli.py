@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -219,6 +220,7 @@ def train(**values: Any) -> None:
 def evaluate(run: str, data: str | None, replicas: int | None) -> None:
     """Recompute the accuracy of RUN (folder or gs://...) on every image and print it as JSON."""
     Reporter()
+    Interruption(DEFAULTS.grace_seconds).install()
     from job import checkpoints
 
     identity = checkpoints.read_identity(run)
@@ -348,7 +350,8 @@ def main() -> None:
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
         code = error.exit_code
     except click.Abort:
         code = 75

@@ -110,7 +110,9 @@ def _sum_function(strategy: tf.distribute.Strategy, replicas_of_worker: int) -> 
     return summed
 
 
-_ADDRESS = re.compile(r"[^:]+:\d+")
+def _is_address(host: str) -> bool:
+    match = re.fullmatch(r"[^:]+:(\d+)", host)
+    return match is not None and 0 < int(match[1]) < 1 << 16
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ class WorkerGroup:
         Raises:
             UsageError: the hosts or the index are missing or contradict the number of workers.
         """
-        if "TF_CONFIG" in os.environ:
-            return cls._from_tf_config(os.environ["TF_CONFIG"])
+        if text := os.environ.get("TF_CONFIG"):
+            return cls._from_tf_config(text)
         if settings.workers == 1:
             if "," in (settings.worker_hosts or ""):
                 raise UsageError(
@@ -141,7 +143,7 @@ class WorkerGroup:
             hosts = tuple(pattern.replace("{index}", str(number)) for number in range(settings.workers))
         else:
             hosts = tuple(pattern.split(","))
-        if len(hosts) != settings.workers or not all(_ADDRESS.fullmatch(host) for host in hosts):
+        if len(hosts) != settings.workers or not all(_is_address(host) for host in hosts):
             raise UsageError(
                 f"--worker-hosts must give host:port of {settings.workers} workers, not {pattern!r}; "
                 "example: --worker-hosts resnet-{index}.resnet:2222"
@@ -162,7 +164,7 @@ class WorkerGroup:
             task = config["task"]
             first = {"chief": 0, "worker": len(chiefs)}[task["type"]]
             index = first + int(task["index"])
-            if not all(_ADDRESS.fullmatch(host) for host in hosts):
+            if not all(_is_address(host) for host in hosts):
                 raise ValueError(f"its hosts must be host:port, not {', '.join(hosts)}")
             if not 0 <= index < len(hosts):
                 raise ValueError(f"it has {len(hosts)} workers, and this task would be number {index}")
@@ -183,17 +185,10 @@ def connect(settings: Settings) -> Cluster:
         ResourceUnavailable: ``--require-gpu`` and no GPU, or a peer did not come.
         UsageError: more replicas than GPUs, or an impossible group of workers.
     """
-    gpus = tf.config.list_physical_devices("GPU")
-    if settings.require_gpu and not gpus:
-        raise ResourceUnavailable(
-            "--require-gpu: TensorFlow sees no GPU on this machine; check the driver and the container's GPU "
-            "access (docker run --gpus all; nvidia.com/gpu in a pod), or leave the option out to use the CPU"
-        )
-    kind, devices = _take_gpus(gpus, settings.replicas) if gpus else _take_cpus(settings.replicas or 1)
+    kind, devices = _take_devices(settings)
     group = WorkerGroup.of(settings)
     if group is None:
-        strategy = local_strategy(kind, len(devices))
-        return Cluster(strategy, devices, on_gpu=kind == "GPU", replicas=len(devices))
+        return _alone(kind, devices)
     return Cluster(
         _strategy_over_workers(group),
         devices,
@@ -202,6 +197,27 @@ def connect(settings: Settings) -> Cluster:
         workers=len(group.hosts),
         index=group.index,
     )
+
+
+def connect_alone(settings: Settings) -> Cluster:
+    """The same without other workers, also where the environment names some. Raises as :func:`connect`."""
+    return _alone(*_take_devices(settings))
+
+
+def _alone(kind: str, devices: tuple[str, ...]) -> Cluster:
+    strategy = local_strategy(kind, len(devices))
+    return Cluster(strategy, devices, on_gpu=kind == "GPU", replicas=len(devices))
+
+
+def _take_devices(settings: Settings) -> tuple[str, tuple[str, ...]]:
+    """Kind and names of the devices that this process computes on."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if settings.require_gpu and not gpus:
+        raise ResourceUnavailable(
+            "--require-gpu: TensorFlow sees no GPU on this machine; check the driver and the container's GPU "
+            "access (docker run --gpus all; nvidia.com/gpu in a pod), or leave the option out to use the CPU"
+        )
+    return _take_gpus(gpus, settings.replicas) if gpus else _take_cpus(settings.replicas or 1)
 
 
 def _take_gpus(gpus: list[tf.config.PhysicalDevice], replicas: int | None) -> tuple[str, tuple[str, ...]]:
@@ -279,7 +295,7 @@ def _meet(group: WorkerGroup) -> None:
     """
     deadline, announced = time.monotonic() + PEERS_SECONDS, time.monotonic()
     port = int(group.hosts[group.index].rsplit(":", 1)[1])
-    with socket.create_server(("", port), backlog=128) as listener:
+    with _listener(port) as listener:
         listener.setblocking(False)
         while missing := ", ".join(_unreachable(group)):
             if time.monotonic() > deadline:
@@ -292,6 +308,16 @@ def _meet(group: WorkerGroup) -> None:
                 log.warning("worker %d waits for its peers; missing: %s", group.index, missing)
             _hang_up(listener)
             time.sleep(0.5)
+
+
+def _listener(port: int) -> socket.socket:
+    try:
+        return socket.create_server(("", port), backlog=128)
+    except OSError as error:
+        raise ResourceUnavailable(
+            f"this worker's port {port} cannot be opened: {error.strerror}; end what uses it, or give "
+            "--worker-hosts another"
+        ) from error
 
 
 def _hang_up(listener: socket.socket) -> None:

@@ -190,6 +190,9 @@ class GcsStore:
         finally:
             part.unlink(missing_ok=True)
 
+    def holds(self, name: str, size: int, checksum: int) -> bool:
+        return self._equal(name, size, checksum) is not None
+
     def copy(self, source: str, target: str) -> None:
         origin = self._stored(source)
         if origin is None:

@@ -19,7 +19,10 @@ from contextlib import suppress
 
 from job.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+    SIGNALS.append(signal.SIGHUP)
+ECHO_SECONDS = 1.0  # who signals a process and then its group, as `timeout` does, asks once
 MARGIN_SECONDS = 0.5  # the watchdog fires this long before the grace ends
 
 
@@ -34,7 +37,7 @@ class Interruption:
         self._unsaved = False
 
     def install(self) -> None:
-        """Take SIGTERM and SIGINT over. Main thread only, and before TensorFlow is imported."""
+        """Take SIGTERM, SIGINT and SIGHUP over. Main thread only, and before TensorFlow is imported."""
         self._stderr = os.dup(2)  # a later redirection must not swallow the watchdog's last words
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # threads inherit it
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -61,8 +64,10 @@ class Interruption:
         self._requested.set()
         if not self._unsaved:
             self._exit("nothing is unsaved")
-        if self._next_signal(timeout=max(0.0, self.seconds_left)):
-            self._exit("a second signal came")
+        first = time.monotonic()
+        while self._next_signal(timeout=max(0.0, self.seconds_left)):
+            if time.monotonic() - first > ECHO_SECONDS:
+                self._exit("a second signal came")
         self._exit(f"the grace of {self._grace_seconds:g} s is over")
 
     @staticmethod

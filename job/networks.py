@@ -16,6 +16,10 @@ from keras import layers
 
 from job.config import CLASS_COUNT, IMAGE_SIZE, Network
 
+# Whatever the user's keras.json says.
+keras.config.set_image_data_format("channels_last")
+keras.config.set_floatx("float32")
+
 Tensor = Any  # a KerasTensor; Keras has no public type for it
 Normalization = Callable[..., keras.layers.Layer]
 

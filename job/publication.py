@@ -12,6 +12,7 @@ differs.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
@@ -22,7 +23,9 @@ import numpy as np
 from job import cifar10, events, pictures
 from job.checkpoints import MODEL, RESULT, Record, read_record
 from job.errors import InvalidData
-from job.storage import AlreadyExists, NotFound, Store
+from job.storage import AlreadyExists, Store
+
+log = logging.getLogger("job")
 
 
 class Publication:
@@ -81,15 +84,16 @@ class Publication:
                     create()
 
     def _copy_model(self, record: Record, existing: dict[str, str]) -> None:
-        """Make model.keras of the newest checkpoint; where that is gone, the model that is there will do."""
-        if record.commits:
-            with suppress(NotFound):
-                self._store.copy(record.commits[0].name, MODEL)
+        """Make model.keras of the newest checkpoint; where that is not whole, the model there will do."""
+        for commit in record.commits[:1]:
+            if self._store.holds(commit.name, commit.size, commit.crc32c):
+                self._store.copy(commit.name, MODEL)
                 return
+            log.warning("%s/%s is damaged or gone", self._store.location, commit.name)
         if MODEL not in existing:
             raise InvalidData(
-                f"{self._store.location} is complete, but its newest checkpoint and {MODEL} are missing; "
-                "restore one of them"
+                f"{self._store.location} is complete, but its newest checkpoint is damaged or gone, and "
+                f"{MODEL} is missing; restore one of them"
             )
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from contextlib import suppress
 from typing import Any, TextIO
 
 REFRESH_SECONDS = 0.2
@@ -47,8 +48,7 @@ class Reporter:
         text = f"{label} [{bar:<20}] {done}/{total} loss {loss:.4f}"
         if images_per_second:
             text += f", {images_per_second:.0f} images/s"
-        self._out.write(f"\r\x1b[K{text}")
-        self._out.flush()
+        self._write(f"\r\x1b[K{text}")
 
     def epoch(self, entry: dict[str, Any], epochs: int, *, seconds_left: float) -> None:
         """Tell an epoch's results."""
@@ -63,12 +63,17 @@ class Reporter:
 
     def _clear(self) -> None:
         if self._live:
-            self._out.write("\r\x1b[K")
+            self._write("\r\x1b[K")
 
     def _write_line(self, severity: str, message: str, fields: dict[str, Any]) -> None:
         line = json.dumps({"severity": severity, "message": message, **fields}) if self._json else message
-        self._out.write(line + "\n")
-        self._out.flush()
+        self._write(line + "\n")
+
+    def _write(self, text: str) -> None:
+        """A reader that is gone, or a full disk, must not end the training."""
+        with suppress(OSError):
+            self._out.write(text)
+            self._out.flush()
 
 
 class _JsonFormatter(logging.Formatter):
@@ -82,7 +87,8 @@ def tell_failure(message: str) -> None:
     if handler is not None and isinstance(handler.formatter, _JsonFormatter):
         log.error(message)
     else:
-        print(message, file=sys.stderr)
+        with suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -108,6 +108,9 @@ class Store(Protocol):
     def download(self, name: str, path: Path) -> None:
         """Write the content, verified, to ``path``, which never holds half of it. Raises ``NotFound``."""
 
+    def holds(self, name: str, size: int, checksum: int) -> bool:
+        """Whether an object of this size and crc32c is there."""
+
     def copy(self, source: str, target: str) -> None:
         """Like ``create``, from another object of this store. Raises ``NotFound``, ``AlreadyExists``."""
 
@@ -166,6 +169,7 @@ def find_runs(location: str) -> tuple[list[str], list[OSError]]:
             paths = _visible_files(store.root, unreadable.append, follow_links=True)
             names = [path.relative_to(store.root).as_posix() for path in paths]
         else:
+            store.check(write=False)  # within seconds, where listing would try for a minute
             names = [entry.name for entry in store.list()]
     parts = [name.rpartition("/") for name in names]
     found = {folder for folder, _, name in parts if name in (CONFIG, RECORD)}
@@ -455,6 +459,11 @@ class LocalStore:
                 part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
+
+    def holds(self, name: str, size: int, checksum: int) -> bool:
+        path = self._path(name)
+        with disk_errors("read", path):
+            return path.is_file() and path.stat().st_size == size and crc32c(path) == checksum
 
     def copy(self, source: str, target: str) -> None:
         origin, destination = self._path(source), self._path(target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -49,7 +50,7 @@ from job.storage import NotFound, Store
 from job.trainer import DeviceSplit, Predictions, Trainer
 
 CALL_SECONDS = 0.5  # one call lasts about so long: it bounds the reaction to a signal
-SAVING_SECONDS = 8.0  # of the grace that a last commit may use on the network
+RESERVED_SECONDS = 3.5  # of the grace, for all that is no call of the store
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 # What no lost peer can cause.
 OWN_FAILURES = (
@@ -323,8 +324,7 @@ class Attempt:
             progress,
             step=progress.step + count,
             batch=progress.batch + count,
-            # One by one, so that no sum depends on how the steps were split into calls.
-            loss_sum=float(sum(map(float, sums.loss), start=progress.loss_sum)),
+            loss_sum=_added_one_by_one(progress.loss_sum, sums.loss),
             correct=progress.correct + int(sums.correct.sum()),
             images=progress.images + images,
             seconds=progress.seconds + seconds,
@@ -437,7 +437,8 @@ class Attempt:
             "steps": self._progress.step - step >= cadence.count,
             "seconds": time.monotonic() - moment >= cadence.count,
         }
-        if due[cadence.unit] or (epoch_ended and epoch == self._settings.epochs):
+        last = epoch_ended and epoch == self._settings.epochs
+        if due[cadence.unit] or last or self._run.commit_failed:
             self._commit()
 
     def _commit(self, state: str = "running") -> None:
@@ -469,7 +470,8 @@ class Attempt:
             raise superseded_error(self._run.store.location)
         if not self._cluster.any_worker(self._interruption.requested):
             return
-        self._run.store.hurry(min(SAVING_SECONDS, self._interruption.seconds_left))
+        seconds_left = self._interruption.seconds_left
+        self._run.store.hurry(max(seconds_left - RESERVED_SECONDS, seconds_left / 2))
         lost = self._save_last_steps()
         self._wait_for_chief()
         raise Interrupted(
@@ -483,7 +485,7 @@ class Attempt:
     def _save_last_steps(self) -> str:
         """Commit what is not committed; storage that fails now costs these steps, not the exit code."""
         try:
-            if not self._all_is_committed():
+            if self._run.settle() or not self._all_is_committed():
                 self._commit(state="interrupted")
             self._run.wait()
         except StorageFailed as error:
@@ -502,7 +504,9 @@ class Attempt:
 
     def _finish(self) -> dict[str, Any]:
         """Wait for the last commit, evaluate on the test set, and complete the record."""
-        self._run.wait()
+        if self._run.settle():
+            self._commit()
+            self._run.wait()
         result = self._result()
         if self._cluster.is_chief:
             self._run.swap(state="complete", result=result)
@@ -561,6 +565,16 @@ class Attempt:
         return summary, predictions.confusion(labels)
 
 
+def _added_one_by_one(total: float, losses: Any) -> float:
+    """Losses of steps added such that no sum depends on how the steps were split into calls.
+
+    Python's ``sum`` would: since 3.12 it carries what rounding lost along, within one call.
+    """
+    for loss in losses:
+        total += float(loss)
+    return total
+
+
 def _per_second(count: int, seconds: float) -> float:
     return count / seconds if seconds else 0.0
 
@@ -579,10 +593,11 @@ def evaluate(location: str, *, data: str | None, replicas: int | None = None) ->
         InvalidData: no commit can be read.
         IdentityConflict: the data is not the run's.
     """
-    cluster = hardware.connect(Settings(replicas=replicas))
-    with closing(storage.open_store(location)) as store:
+    cluster = hardware.connect_alone(Settings(replicas=replicas))
+    # Its own folder: who evaluates need not be allowed to write where the run is.
+    with closing(storage.open_store(location)) as store, tempfile.TemporaryDirectory() as folder:
         identity, record = _identity_and_record(store)
-        restored = Follower(store, record).restore(portable.load)
+        restored = Follower(store, record, staging=Path(folder)).restore(portable.load)
     assert restored, "a run with commits restores one, or raises"
     state, progress = restored
     dataset = cifar10.load(cifar10.locate(data))

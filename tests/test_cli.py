@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import logging
 import subprocess
@@ -19,6 +20,7 @@ from PIL import Image
 from job import __version__, cli, comparison, errors
 from job.config import RECIPES, Cadence, Settings
 from job.interruption import Interruption
+from job.reporting import Reporter
 from job.storage import open_store
 from tests.test_comparison import write_run
 from tests.test_house import ROOT
@@ -477,7 +479,27 @@ def test_a_report_that_cannot_be_written_says_why(
     assert "Traceback" not in outcome.err
 
 
-def test_a_folder_that_is_no_run_is_not_evaluated(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", ["/dev/full", "/dev/null"])
+def test_the_exit_code_is_right_although_nobody_can_read_why(words: str) -> None:
+    for arguments, code in ((["data", "verify", "nowhere"], 66), (["train", "--model", "x"], 2)):
+        with open(words, "w") as unwritable:
+            command = [sys.executable, "-m", "job", *arguments]
+            assert subprocess.run(command, stderr=unwritable).returncode == code
+
+
+@pytest.mark.usefixtures("run")
+def test_a_log_that_nobody_reads_any_more_ends_no_training() -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    Reporter("plain", Gone()).note("the reader is gone")
+
+
+def test_a_folder_that_is_no_run_is_not_evaluated(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Interruption, "install", lambda _: None)
     (tmp_path / "runs" / "empty").mkdir(parents=True)
     assert run("evaluate", "runs/empty").code == 66
     (tmp_path / "runs" / "empty" / "config.json").write_text("no JSON")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import Interrupted
+from job.interruption import ECHO_SECONDS
 
 ROOT = Path(__file__).parents[1]
 PRELUDE = """
@@ -69,7 +70,7 @@ def child(body: str, *, grace: float = 20.0, wrapper: Sequence[str] = ()) -> Ite
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("stuck", STUCK)
 def test_nothing_unsaved_ends_at_once(stuck: str, number: int) -> None:
     with child(f"print('ready')\n{STUCK[stuck]}") as process:
@@ -94,12 +95,42 @@ def test_the_watchdog_ends_what_does_not_stop_by_itself_shortly_before_the_grace
 def test_a_second_signal_ends_at_once(stuck: str) -> None:
     with child(f"interruption.unsaved(True); print('ready')\n{STUCK[stuck]}") as process:
         process.send(signal.SIGTERM)
-        time.sleep(0.5)
+        time.sleep(ECHO_SECONDS + 0.5)
         assert process.process.poll() is None
         code, seconds, text = process.end(process.send(signal.SIGINT))
     assert code == Interrupted.exit_code
     assert seconds < PROMPT
     assert "a second signal came" in text
+
+
+def test_one_request_that_comes_twice_is_no_second_signal() -> None:
+    """``timeout`` signals the process, and then its group."""
+    body = """
+interruption.unsaved(True)
+print("ready")
+while not interruption.requested:
+    time.sleep(0.01)
+time.sleep(0.5)
+print("saved")
+leave(75)
+"""
+    with child(body) as process:
+        process.send(signal.SIGTERM)
+        time.sleep(0.2)
+        code, _, text = process.end(process.send(signal.SIGTERM))
+    assert (code, text) == (75, "saved\n")
+
+
+def test_nohup_is_respected() -> None:
+    body = """
+print("ready")
+time.sleep(0.5)
+print(interruption.requested)
+leave(0)
+"""
+    with child(body, wrapper=["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"]) as process:
+        code, _, text = process.end(process.send(signal.SIGHUP))
+    assert (code, text) == (0, "False\n")
 
 
 def test_the_orderly_way_saves_and_leaves_with_its_own_code() -> None:

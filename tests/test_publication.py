@@ -16,11 +16,11 @@ from job.checkpoints import MODEL, RECORD, RESULT, Commit, Progress, Record
 from job.config import RECIPES, Settings
 from job.errors import InvalidData
 from job.publication import Publication
-from job.storage import LocalStore
+from job.storage import LocalStore, crc32c
 from tests.support import TINY, dataset_of
 
 CHECKPOINT = "checkpoints/step-0000000007-a0001-00.keras"
-COMMIT = Commit(name=CHECKPOINT, size=10, crc32c=0, progress=Progress(step=7, epoch=1))
+COMMIT = Commit(name=CHECKPOINT, size=10, crc32c=crc32c(b"the newest"), progress=Progress(step=7, epoch=1))
 ENTRY = {
     "epoch": 0,
     "step": 7,
@@ -84,6 +84,16 @@ def test_who_no_longer_owns_the_run_replaces_nothing(store: LocalStore, publicat
     assert published(store) == newer
 
 
+def test_a_damaged_checkpoint_does_not_replace_a_model(
+    store: LocalStore, publication: Publication, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.create(MODEL, b"the newest")
+    (store.root / CHECKPOINT).write_bytes(b"the new")
+    publication.publish(COMPLETE)
+    assert store.read(MODEL)[0] == b"the newest"
+    assert f"{CHECKPOINT} is damaged or gone" in caplog.text
+
+
 def test_a_model_that_is_there_will_do_where_the_checkpoint_is_gone(
     store: LocalStore, publication: Publication
 ) -> None:
@@ -92,7 +102,7 @@ def test_a_model_that_is_there_will_do_where_the_checkpoint_is_gone(
             if entry.name in (CHECKPOINT, MODEL, RESULT):
                 store.delete(entry.name, entry.version)
         store.swap(RECORD, record.to_bytes(), store.read(RECORD)[1])
-        with pytest.raises(InvalidData, match=r"complete, but its newest checkpoint and model\.keras are"):
+        with pytest.raises(InvalidData, match=r"checkpoint is damaged or gone, and model\.keras is missing"):
             publication.publish(record)
         store.create(MODEL, b"somebody's copy")
         publication.publish(record)

@@ -37,6 +37,12 @@ def test_a_processor_that_tensorflow_cannot_use_is_refused_before_its_import(mon
         startup.check_processor()
 
 
+def test_keras_computes_by_tensorflow_whatever_else_the_user_does_with_it(monkeypatch: Any) -> None:
+    monkeypatch.setattr(os, "environ", {"KERAS_BACKEND": "jax"})
+    startup.set_environment(filters=64)
+    assert os.environ["KERAS_BACKEND"] == "tensorflow"
+
+
 def test_the_users_own_choice_stays(monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "environ", {"TF_ENABLE_ONEDNN_OPTS": "0"})
     startup.set_environment(filters=64)

@@ -167,6 +167,14 @@ def test_a_file_from_another_file_system_can_be_uploaded(store: Store) -> None:
     assert not path.exists()
 
 
+def test_what_it_holds_is_told_by_size_and_checksum(store: Store) -> None:
+    store.create("model.keras", b"model")
+    assert store.holds("model.keras", 5, crc32c(b"model"))
+    assert not store.holds("model.keras", 5, crc32c(b"other"))
+    assert not store.holds("model.keras", 4, crc32c(b"model"))
+    assert not store.holds("absent", 5, crc32c(b"model"))
+
+
 def test_copy(store: Store) -> None:
     store.create("checkpoints/a", b"model")
     store.create("checkpoints/b", b"other")

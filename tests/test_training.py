@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import time
@@ -20,7 +21,7 @@ from tensorboard.compat.proto import event_pb2
 
 from job import cifar10, events, portable, training
 from job import cluster as hardware
-from job.checkpoints import Follower, Record
+from job.checkpoints import Follower, Record, Run
 from job.config import Cadence, Settings, recipe_of
 from job.errors import (
     Diverged,
@@ -32,7 +33,7 @@ from job.errors import (
     UsageError,
 )
 from job.reporting import Reporter
-from job.storage import open_store
+from job.storage import LocalStore, open_store
 from job.trainer import Trainer
 from tests.support import TINY, assert_same_state, cluster_of, dataset_of
 
@@ -69,12 +70,25 @@ class Evaluated(Signal):
         return record.exists() and len(json.loads(record.read_text())["history"]) >= self.entries
 
 
+class Tried(Signal):
+    """An interruption once a commit was tried."""
+
+    def __init__(self, tries: list[int]) -> None:
+        super().__init__()
+        self.tries = tries
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.tries)
+
+
 @pytest.fixture(autouse=True)
 def tiny_world(monkeypatch: Any) -> None:
     """108 training images, 30 test images and this process's devices."""
     monkeypatch.setattr(cifar10, "load", lambda source: dataset_of())
     monkeypatch.setattr(cifar10, "locate", lambda data: data)
-    monkeypatch.setattr(hardware, "connect", lambda settings: cluster_of(settings.replicas or 1))
+    for connect in ("connect", "connect_alone"):
+        monkeypatch.setattr(hardware, connect, lambda settings: cluster_of(settings.replicas or 1))
 
 
 def train(settings: Settings = SETTINGS, signal: Signal | None = None) -> dict[str, Any]:
@@ -167,6 +181,60 @@ def test_the_length_of_calls_and_the_cadence_of_commits_change_no_bit(monkeypatc
     monkeypatch.setattr(training, "CALL_SECONDS", 1e-9)  # one step a call
     train(replace(SETTINGS, commit_every=Cadence.parse("4steps")))
     assert_same_run("runs/run", "runs/whole")
+
+
+def failing_to_save(monkeypatch: Any, failures: set[int]) -> list[int]:
+    """Let the disk be full at some of the checkpoints, counted from 1; the list grows with each try."""
+    save = portable.save
+    tries: list[int] = []
+
+    def full(*arguments: Any) -> None:
+        tries.append(len(tries) + 1)
+        if tries[-1] in failures:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*arguments)
+
+    monkeypatch.setattr(portable, "save", full)
+    return tries
+
+
+@pytest.mark.parametrize("failed", [1, 2], ids=["the first epoch's", "the last epoch's"])
+def test_storage_that_failed_a_commit_gets_the_next_at_once(
+    failed: int, monkeypatch: Any, capsys: Any
+) -> None:
+    """And a disk that is full no more has cost nothing."""
+    train(replace(SETTINGS, name="undisturbed"))
+    tries = failing_to_save(monkeypatch, {failed})
+    train()
+    assert_same_run("runs/run", "runs/undisturbed")
+    assert len(tries) == 3
+    assert "A commit failed, and what there is now is committed in its place" in capsys.readouterr().err
+    if failed == 1:  # what replaced it was no epoch's end
+        assert 7 < record_of("runs/run").commits[1].progress.step <= 14
+
+
+def test_storage_that_fails_twice_ends_the_attempt(monkeypatch: Any) -> None:
+    failing_to_save(monkeypatch, {2, 3})
+    with pytest.raises(StorageFailed, match="No space left on device"):
+        train(replace(SETTINGS, epochs=4))
+    assert [commit.progress.step for commit in record_of("runs/run").commits] == [7]
+
+
+def test_a_signal_commits_what_storage_failed_before(monkeypatch: Any) -> None:
+    tries = failing_to_save(monkeypatch, {1})
+    monkeypatch.setattr(Run, "commit_failed", False)  # it becomes known only while the signal is obeyed
+    with pytest.raises(Interrupted, match=r"step \d+ is committed, run the same"):
+        train(signal=Tried(tries))
+    assert record_of("runs/run").commits[0].progress.step >= 7
+
+
+def test_sums_do_not_depend_on_how_the_steps_were_split() -> None:
+    losses = 10 ** np.random.default_rng(0).uniform(-7, 3, 391).astype(np.float32)
+    whole = training._added_one_by_one(0.0, losses)
+    split = 0.0
+    for part in np.array_split(losses, 50):
+        split = training._added_one_by_one(split, part)
+    assert split == whole == np.cumsum(losses, dtype=np.float64)[-1]
 
 
 def test_more_epochs_extend_a_finished_run_to_the_bits_of_a_longer_one() -> None:
@@ -315,6 +383,12 @@ def test_evaluate_takes_the_newest_whole_commit() -> None:
     assert evaluated["step"] == 7
     first = record_of("runs/run").history[0]["validation"]
     assert evaluated["validation"] == {key: first[key] for key in ("loss", "accuracy")}
+
+
+def test_evaluate_needs_no_leave_to_write_where_the_run_is(monkeypatch: Any) -> None:
+    train()
+    monkeypatch.setattr(LocalStore, "staging", None)
+    assert training.evaluate("runs/run", data="tiny")["step"] == 14
 
 
 # --- what run it is

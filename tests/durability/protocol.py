@@ -92,6 +92,9 @@ class MortalStore:
     def download(self, name: str, path: Path) -> None:
         self._call("download", name, lambda: self._store.download(name, path))
 
+    def holds(self, name: str, size: int, checksum: int) -> bool:
+        return bool(self._call("holds", name, lambda: self._store.holds(name, size, checksum)))
+
     def list(self, prefix: str = "") -> Entries:
         entries: Entries = self._call("list", prefix, lambda: self._store.list(prefix))
         return entries

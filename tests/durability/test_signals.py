@@ -11,6 +11,7 @@ import pytest
 
 from job.checkpoints import read_record
 from job.errors import Interrupted
+from job.interruption import ECHO_SECONDS
 from tests.durability.conftest import Place
 from tests.durability.jobs import Job
 from tests.durability.outcome import Outcome, check_same_outcome
@@ -118,7 +119,7 @@ def test_a_second_signal_does_not_wait(place_in: Callable[[str], Place], tmp_pat
     job = place.stopped_at("half written", 2, stuck=True)
     job.send(signal.SIGTERM)
     job.send(signal.SIGCONT)
-    time.sleep(0.5)
+    time.sleep(ECHO_SECONDS + 0.5)
     since = job.send(signal.SIGINT)
     assert job.wait() == Interrupted.exit_code
     assert time.monotonic() - since < GOAL_SECONDS

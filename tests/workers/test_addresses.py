@@ -12,7 +12,7 @@ import pytest
 
 from job import cluster
 from job.config import Settings
-from job.errors import UsageError
+from job.errors import ResourceUnavailable, UsageError
 from tests.workers.groups import free_ports
 
 
@@ -34,6 +34,11 @@ def test_tf_config_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": task}
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
     assert group_of(monkeypatch) == cluster.WorkerGroup(("a:1", "b:1"), 1)
+
+
+def test_an_empty_tf_config_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TF_CONFIG", "")
+    assert group_of(monkeypatch) is None
 
 
 @pytest.mark.parametrize(
@@ -61,6 +66,7 @@ def test_a_tf_config_that_is_none_is_refused(
     [
         ("0", "a:1,b:1,c:1", r"host:port of 2 workers, not 'a:1,b:1,c:1'"),
         ("0", "a,b", r"host:port of 2 workers, not 'a,b'"),
+        ("0", "a:1,b:99999", r"host:port of 2 workers, not 'a:1,b:99999'"),
         ("2", "a:1,b:1", r"JOB_COMPLETION_INDEX must be from 0 to 1.*not '2'"),
     ],
 )
@@ -75,6 +81,16 @@ def test_hosts_without_a_number_of_workers_are_refused(monkeypatch: pytest.Monke
     with pytest.raises(UsageError, match="--worker-hosts a:1,b:1 needs --workers of 2 or more, not 1"):
         group_of(monkeypatch, worker_hosts="a:1,b:1")
     assert group_of(monkeypatch, worker_hosts="a:1") is None  # one worker of a Job that has but one
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        group = cluster.WorkerGroup((f"127.0.0.1:{port}", "127.0.0.1:1"), 0)
+        with pytest.raises(
+            ResourceUnavailable, match=f"port {port} cannot be opened: Address already in use"
+        ):
+            cluster._meet(group)
 
 
 def test_a_worker_answers_its_peers_however_long_it_waits() -> None:
