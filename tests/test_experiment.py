@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,10 +19,12 @@ from job import cifar10
 from job.comparison import Pairing
 from job.config import FORMAT
 from job.figures import depth_figure
+from job.networks import build
 from job.summaries import NAMES
+from tests.support import TINY, dataset_of
 from tests.test_house import ROOT, run_make
 from tests.test_readme import README, chapter, table
-from tests.tools import keep_results
+from tests.tools import keep_results, recalibrate
 from tests.tools.keep_results import DEPTH_FIGURE, FIGURE, KEPT
 
 DATA = cifar10.fingerprint(cifar10.OFFICIAL)
@@ -212,6 +215,35 @@ def test_degradation_is_found_only_where_a_deeper_network_is_worse_in_training()
     assert "The deeper networks are no worse in training" in keep_results._degradation(mirrored)
 
 
+def test_what_was_measured_again_is_of_kept_runs_and_their_very_networks() -> None:
+    """The accuracy that training left was measured again with it; another computation rounds otherwise."""
+    runs = {run.name: run for run in keep_results.kept_runs()}
+    measured = json.loads(keep_results.RECALIBRATED.read_text())["runs"]
+    assert {runs[name].model for name in measured} == set(NAMES)
+    for name, answer in measured.items():
+        assert answer["accuracy"] == pytest.approx(runs[name].final_accuracy, abs=0.001)
+
+    resnet, plainnet = (answer["accuracy_by_new_averages"] for answer in measured.values())
+    for text in (chapter("The experiment"), "\n".join(README.splitlines()[:30])):
+        assert f"{100 * (resnet - plainnet):.2f} points higher" in " ".join(text.split())
+
+
+def test_new_averages_are_those_of_the_images_and_change_no_weight() -> None:
+    """From wrong averages; the first layer normalizes the pixels themselves."""
+    model, data = build(TINY), dataset_of(train=128)
+    first = model.layers[1]
+    weights = [variable.numpy() for variable in model.trainable_variables]
+    first.moving_mean.assign(-1000 * np.ones(3))
+    recalibrate.renew_averages(model, data.train)
+
+    off = (1000 + 255) * recalibrate.MOMENTUM**recalibrate.BATCHES  # what is left of the wrong ones
+    assert first.moving_mean.numpy() == pytest.approx(data.train.images.mean(axis=(0, 1, 2)), abs=off)
+    assert all(
+        np.array_equal(before, after.numpy())
+        for before, after in zip(weights, model.trainable_variables, strict=True)
+    )
+
+
 def test_the_figure_shows_the_kept_runs() -> None:
     for figure in (FIGURE, DEPTH_FIGURE):
         if str(figure.relative_to(ROOT)) in README:
@@ -246,6 +278,8 @@ def everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "record.json").write_text(json.dumps(record | {"history": history, "result": result}))
     monkeypatch.setattr(keep_results, "KEPT", tmp_path / "all")
+    monkeypatch.setattr(keep_results, "RECALIBRATED", tmp_path / "recalibrated.json")
+    (tmp_path / "recalibrated.json").write_text('{"runs": {}}')
 
 
 @pytest.mark.usefixtures("everything")
