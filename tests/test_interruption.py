@@ -61,6 +61,8 @@ def child(body: str, *, grace: float = 20.0, wrapper: Sequence[str] = ()) -> Ite
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # Whoever runs the tests may have been told to ignore it, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     ) as process:
         try:
             assert process.stdout is not None
