@@ -11,6 +11,7 @@ reads, which saves seconds for each of many processes. A fork is safe because no
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -19,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ class Stop:
         self._left = spec.get("count", 1)
         self._stuck = spec.get("stuck", False)
         self._lock = threading.Lock()
+        # Held with the store's lock of a folder. Who is frozen with that lock keeps a newer attempt out, and
+        # exit code 74 names it; the points are meant to be others.
+        self.calm = threading.RLock()
         self.half_uploaded = True  # false in an upload that has not been stopped half-way yet
 
     def at_half_upload(self) -> None:
@@ -50,8 +54,9 @@ class Stop:
             self._left -= 1
             reached = self._left == 0
         if reached:
-            # To this thread, which then cannot go on before the whole process has stopped.
-            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+            with self.calm:
+                # To this thread, which then cannot go on before the whole process has stopped.
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
             if self._stuck:
                 hang_in_native_code()
 
@@ -71,7 +76,7 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 def install(stop: Stop) -> None:
     """Wrap the stores, the loop and the checkpoint's writer."""
-    from job import cifar10, cluster, gcs, portable, training
+    from job import cifar10, cluster, gcs, portable, storage, training
     from job.checkpoints import Claim
     from job.storage import LocalStore
     from job.trainer import Trainer
@@ -91,6 +96,7 @@ def install(stop: Stop) -> None:
         wrap(store, "upload", functools.partial(_upload, stop))
         wrap(store, "copy", around("copy", "copied"))
         wrap(store, "delete", around("delete", "deleted"))
+    wrap(storage, "locked", functools.partial(_locked, stop))
     wrap(LocalStore, "_publish", functools.partial(_half_published, stop))
     _half_sent(stop)
 
@@ -162,6 +168,12 @@ def _half_published(
     inner(store, source, target, **rest)  # linked; the staged file is still there
     if target.parent.name == "checkpoints":
         stop.at_half_upload()
+
+
+@contextlib.contextmanager
+def _locked(stop: Stop, inner: Callable[..., Any], *arguments: Any) -> Iterator[None]:
+    with stop.calm, inner(*arguments):
+        yield
 
 
 def _half_sent(stop: Stop) -> None:
