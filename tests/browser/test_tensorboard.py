@@ -183,3 +183,4 @@ def test_the_graph_shows_the_stages_and_the_skip_connection(
     for source in ("shortcut", "conv2"):
         edge = page.locator(f"g.edge[data-edge='stage2/block1/{source}--stage2/block1/add'] path")
         expect(edge).to_be_visible()
+    page.wait_for_timeout(2000)  # milliseconds, in which all glides to its place, for the picture
