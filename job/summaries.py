@@ -324,9 +324,7 @@ def distinction(run: RunSummary, alternatives: Sequence[tuple[tuple[str, Any], .
         dict(other) for other in alternatives if dict(other)["recipe"] == run.identity.recipe.name
     ]
     said_by_name = {
-        field
-        for field in vars(run.identity.recipe)
-        if len(of_this_name) < len(alternatives) and len({other.get(field) for other in of_this_name}) == 1
+        field for field in vars(run.identity.recipe) if len({other.get(field) for other in of_this_name}) == 1
     }
     return [
         f"{field.replace('_', ' ')} {shortened(value)}" for field, value in apart if field not in said_by_name

@@ -70,18 +70,6 @@ class Evaluated(Signal):
         return record.exists() and len(json.loads(record.read_text())["history"]) >= self.entries
 
 
-class Tried(Signal):
-    """An interruption once a commit was tried."""
-
-    def __init__(self, tries: list[int]) -> None:
-        super().__init__()
-        self.tries = tries
-
-    @property
-    def requested(self) -> bool:
-        return bool(self.tries)
-
-
 @pytest.fixture(autouse=True)
 def tiny_world(monkeypatch: Any) -> None:
     """108 training images, 30 test images and this process's devices."""
@@ -221,11 +209,12 @@ def test_storage_that_fails_twice_ends_the_attempt(monkeypatch: Any) -> None:
 
 
 def test_a_signal_commits_what_storage_failed_before(monkeypatch: Any) -> None:
-    tries = failing_to_save(monkeypatch, {1})
+    failing_to_save(monkeypatch, {1})
+    monkeypatch.setattr(training, "CALL_SECONDS", 1e-9)  # calls of one step
     monkeypatch.setattr(Run, "commit_failed", False)  # it becomes known only while the signal is obeyed
-    with pytest.raises(Interrupted, match=r"step \d+ is committed, run the same"):
-        train(signal=Tried(tries))
-    assert record_of("runs/run").commits[0].progress.step >= 7
+    settings = replace(SETTINGS, commit_every=Cadence(count=3, unit="steps"))
+    with pytest.raises(Interrupted, match="step 3 is committed, run the same"):
+        train(settings, Signal(after_calls=3))
 
 
 def test_sums_do_not_depend_on_how_the_steps_were_split() -> None:
