@@ -340,8 +340,9 @@ class Run:
 
     def _poll_fence(self) -> None:
         while not self._closed.wait(FENCE_POLL_SECONDS):
-            with suppress(JobError, NotFound, OSError):
+            with suppress(OSError):
                 self.on_poll()
+            with suppress(JobError, NotFound):
                 self._check_fence()
 
     def _check_fence(self) -> None:

@@ -638,11 +638,13 @@ def _visible_files(
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             unreadable(error)
 
-    seen = {os.path.realpath(folder)}  # links may lead to one place twice, or round in a circle
+    seen = {os.path.realpath(folder)}
     for parent, folders, files in os.walk(folder, onerror=note, followlinks=follow_links):
-        places = {name: os.path.realpath(Path(parent, name)) for name in folders if not name.startswith(".")}
-        folders[:] = [name for name, place in places.items() if place not in seen]
-        seen.update(places.values())
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if follow_links:  # they may lead to one place twice, or round in a circle
+            places = {name: os.path.realpath(Path(parent, name)) for name in folders}
+            folders[:] = [name for name, place in places.items() if place not in seen]
+            seen.update(places.values())
         yield from (Path(parent, name) for name in files if not name.startswith("."))
 
 

@@ -499,9 +499,11 @@ def test_a_log_that_nobody_reads_any_more_ends_no_training() -> None:
 def test_a_folder_that_is_no_run_is_not_evaluated(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Interruption, "install", lambda _: None)
+    installed: list[Interruption] = []
+    monkeypatch.setattr(Interruption, "install", lambda self: installed.append(self))
     (tmp_path / "runs" / "empty").mkdir(parents=True)
     assert run("evaluate", "runs/empty").code == 66
+    assert len(installed) == 1  # it hears signals, also as a container's first process
     (tmp_path / "runs" / "empty" / "config.json").write_text("no JSON")
     outcome = run("evaluate", "runs/empty")
     assert outcome.code == 65

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +45,22 @@ def test_keras_computes_by_tensorflow_whatever_else_the_user_does_with_it(monkey
     monkeypatch.setattr(os, "environ", {"KERAS_BACKEND": "jax"})
     startup.set_environment(filters=64)
     assert os.environ["KERAS_BACKEND"] == "tensorflow"
+
+
+def test_the_users_keras_settings_do_not_reach_the_networks(tmp_path: Path) -> None:
+    settings = {"backend": "jax", "image_data_format": "channels_first", "floatx": "float64"}
+    (tmp_path / "keras.json").write_text(json.dumps(settings))
+    code = (
+        "from job import startup; startup.set_environment(filters=8)\n"
+        "from job import networks; from job.config import Network\n"
+        "model = networks.build(Network(blocks=(1,), filters=8))\n"
+        "print(model.input_shape, model.weights[0].dtype)"
+    )
+    environment = {**os.environ, "KERAS_HOME": str(tmp_path)}
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert finished.stdout.splitlines()[-1] == "(None, 32, 32, 3) float32"
 
 
 def test_the_users_own_choice_stays(monkeypatch: Any) -> None:

@@ -471,6 +471,13 @@ def test_find_runs(store: Store, location: str) -> None:
     assert find_runs(location)[0] == [location, *(join(location, folder) for folder in ("a", "a/b", "b"))]
 
 
+def test_a_link_hides_nothing_from_a_list(tmp_path: Path) -> None:
+    with contextlib.closing(LocalStore(str(tmp_path / "run"))) as store:
+        store.create("a/b/object", b"1")
+        (store.root / "0").symlink_to(store.root / "a" / "b")
+        assert names(store) == ["a/b/object"]
+
+
 @pytest.mark.parametrize(
     "location", ["", "s3://bucket/x", "gs://", "gs://a", "gs://Bucket", "gs://bucket/../x"]
 )

@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import time
+from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +184,14 @@ def failing_to_save(monkeypatch: Any, failures: set[int]) -> list[int]:
         save(*arguments)
 
     monkeypatch.setattr(portable, "save", full)
+    commit = Run.commit
+
+    def committed(run: Run, *arguments: Any, **options: Any) -> None:
+        """What a commit met is known before the next call, however fast that is."""
+        commit(run, *arguments, **options)
+        wait([run._in_flight] if run._in_flight else [])
+
+    monkeypatch.setattr(Run, "commit", committed)
     return tries
 
 
@@ -215,6 +224,17 @@ def test_a_signal_commits_what_storage_failed_before(monkeypatch: Any) -> None:
     settings = replace(SETTINGS, commit_every=Cadence(count=3, unit="steps"))
     with pytest.raises(Interrupted, match="step 3 is committed, run the same"):
         train(settings, Signal(after_calls=3))
+
+
+@pytest.mark.parametrize(("left", "seconds"), [(11.5, 8.0), (59.5, 56.0), (2.0, 1.0)])
+def test_a_longer_grace_gives_the_last_save_longer(left: float, seconds: float, monkeypatch: Any) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(LocalStore, "hurry", lambda _, seconds: given.append(seconds))
+    signal = Signal(after_calls=1)
+    signal.seconds_left = left
+    with pytest.raises(Interrupted):
+        train(signal=signal)
+    assert given == [seconds]
 
 
 def test_sums_do_not_depend_on_how_the_steps_were_split() -> None:
