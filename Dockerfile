@@ -2,7 +2,7 @@
 #   docker build -t cifar-residual-job .                                      the job (the last stage)
 #   docker build -t cifar-residual-job-tensorboard --target tensorboard .     TensorBoard, without TensorFlow
 # Any Debian or Ubuntu with Python 3.11 to 3.13 serves as a base. For the CPU alone, 2 GB instead of 7:
-#   docker build --build-arg BASE_IMAGE=ubuntu:24.04 --build-arg REQUIREMENTS=requirements-cpu.lock .
+#   docker build --build-arg BASE_IMAGE=ubuntu:24.04 --build-arg REQUIREMENTS=requirements/cpu.lock .
 
 # The host brings the GPU's driver, and Python packages bring CUDA 12.9, cuDNN, NCCL and ptxas. So NVIDIA's smallest
 # flavour is enough: it tells the container runtime which drivers suit, and helps older ones along.
@@ -10,7 +10,7 @@ ARG BASE_IMAGE=nvidia/cuda:12.9.1-base-ubuntu24.04
 # TensorBoard has no use for CUDA.
 ARG TENSORBOARD_BASE_IMAGE=ubuntu:24.04
 # Pinned and hashed by `make lock`.
-ARG REQUIREMENTS=requirements-gpu.lock
+ARG REQUIREMENTS=requirements/gpu.lock
 
 
 # ---- TensorBoard
@@ -20,7 +20,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3 \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/*
 # The packages come before all that changes more often.
-COPY requirements-tensorboard.lock /opt/requirements.lock
+COPY requirements/tensorboard.lock /opt/requirements.lock
 # One instruction, so that pip and what it needs stay out of the image. A closed network may pass a pip.conf and
 # certificate authorities as secrets, which leave no trace; without them both are absent.
 RUN --mount=type=cache,target=/var/cache/pip \
@@ -44,6 +44,8 @@ ENV PATH=/opt/venv/bin:$PATH \
 # Set by `make docker-build`.
 ARG VERSION=unknown
 ARG REVISION=unknown
+ARG CREATED=unknown
+ARG SOURCE=unknown
 # Nothing here uses the world-writable folders. This comes so late because podman's cache compares arguments in RUN
 # alone: without one below them, the labels would stay those of an older build.
 RUN chmod go-w /var/tmp /run/lock
@@ -52,7 +54,9 @@ LABEL org.opencontainers.image.title="cifar-residual-job-tensorboard" \
       org.opencontainers.image.description="TensorBoard for runs in folders and in gs://, without TensorFlow" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}" \
+      org.opencontainers.image.source="${SOURCE}"
 # Where runs are mounted; it only reads them.
 WORKDIR /runs
 # By number: Kubernetes' runAsNonRoot must see that it is not root. No entry in /etc/passwd is needed.
@@ -93,12 +97,12 @@ RUN --mount=type=cache,target=/var/cache/pip \
 FROM packages AS data
 # For pods without any egress: --build-arg DATA=data bakes what `make data` has brought. The default, the sample,
 # only gives COPY something that exists.
-ARG DATA=job/sample
+ARG DATA=job/data/sample
 COPY ${DATA} /data
 # The program, to verify every file.
 COPY job /app/job
 # Readable by the job's user, whatever the umask of the checkout.
-RUN if [ "${DATA}" = job/sample ]; then rm /data/*; \
+RUN if [ "${DATA}" = job/data/sample ]; then rm /data/*; \
     else chmod -R a+rX /data && PYTHONPATH=/app /opt/venv/bin/python -m job data verify /data; fi
 
 
@@ -127,18 +131,24 @@ WORKDIR /runs
 # No shell between: Python is PID 1 and receives SIGTERM.
 ENTRYPOINT ["python", "-m", "job"]
 CMD ["--help"]
-# The embedded sample has a notice of its own, in job/sample.
+# The embedded sample has a notice of its own, in job/data/sample.
 COPY LICENSE NOTICE /app/
 # The source comes late: a change rebuilds nothing above it.
 COPY job /app/job
 # As above, with a RUN below them.
 ARG VERSION=unknown
 ARG REVISION=unknown
+ARG CREATED=unknown
+ARG SOURCE=unknown
 # The root file system may be read-only, so bytecode is made now. Readable whatever the umask of the checkout.
 RUN chmod -R a+rX /app && python -m compileall -q /app/job
+# A run records of which source it was trained.
+ENV JOB_REVISION=${REVISION}
 LABEL org.opencontainers.image.title="cifar-residual-job" \
       org.opencontainers.image.description="Resumable batch training of ResNet and PlainNet on CIFAR-10" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}" \
+      org.opencontainers.image.source="${SOURCE}"
 USER 10001:10001

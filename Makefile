@@ -1,31 +1,55 @@
 # What a person does with this project, one command each. `make` alone lists them.
 
-# resnet or plainnet, for `run`
+# What is typed behind a target, as in `make run MODL=resnet`, must be a variable that the target knows: these here,
+# and of another target any that is read below.
+TRAINS            := MODEL EPOCHS DATA RUNS OUTPUT ARGS
+MACHINE           := VENV PYTHON PYTHONS
+KNOWN_demo        := DEMO DEMO_ARGS $(MACHINE)
+KNOWN_data        := DATA ARGS $(MACHINE)
+KNOWN_run         := $(TRAINS) $(MACHINE)
+KNOWN_experiment  := $(TRAINS) EXPERIMENT SHAPES FILTERS SEEDS ARTICLE PRECISION $(MACHINE)
+KNOWN_docker-run  := $(TRAINS) IMAGE BUILD_ARGS DOCKER DOCKER_ARGS $(MACHINE)
+READ_BELOW         = $(shell grep -oE '[$$][(][A-Z_]+[)]|^[A-Z_]+' $(firstword $(MAKEFILE_LIST)) | tr -d '$$()' | sort -u)
+TYPED             := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+ifneq ($(TYPED),)
+KNOWN   := $(foreach goal,$(or $(MAKECMDGOALS),help),$(or $(KNOWN_$(goal)),$(READ_BELOW)))
+UNKNOWN := $(filter-out $(KNOWN),$(TYPED))
+$(if $(UNKNOWN),$(error make $(MAKECMDGOALS) knows no $(UNKNOWN), but: $(KNOWN)))
+endif
+# It would hide this folder's packages from Python.
+unexport PYTHONSAFEPATH
+
+# resnet or plainnet; for `experiment` nothing means both
 MODEL  ?=
-# further options of the command, e.g. ARGS="--epochs 2"
+EPOCHS ?=
+# further options of the command, e.g. ARGS="--batch-size 64"
 ARGS   ?=
 DATA   ?= data
 RUNS   ?= runs
-# for `run`: the job's own variables, where these two are not given
+# where the runs of `run` and `docker-run` go: a folder or gs://bucket/prefix
+OUTPUT ?= $(RUNS)
+# for `run` and `experiment`: the job's own variables, where these are not given
 RUN_DATA   := $(if $(filter file,$(origin DATA)),$(JOB_DATA))
-RUN_OUTPUT := $(if $(filter file,$(origin RUNS)),$(JOB_OUTPUT))
+RUN_OUTPUT := $(if $(filter-out file,$(origin RUNS) $(origin OUTPUT)),,$(JOB_OUTPUT))
 # the environment, and the Python to make it with (else the first suitable one of PYTHONS)
 VENV   ?= .venv
 # for `bench`: 1, or a Python that has PyTorch
 TORCH  ?=
 PYTHON ?=
+# its runs: not in RUNS, where their curves would lie among the real ones
+DEMO   ?= demo
 # He et al.'s 20-layer shape and its plain twin: small batches, so that batch norm's moving statistics warm up
 DEMO_ARGS ?= --blocks 3,3,3 --filters 16 --epochs 10 --batch-size 20
 
 # The experiment: its runs, which shapes and seeds of them, the options of the article's twins
-EXPERIMENT ?= $(RUNS)/experiment
+EXPERIMENT ?= $(OUTPUT)/experiment
 SHAPES  ?= 3,3,3 9,9,9
 FILTERS ?= 16
 SEEDS   ?= 0 1 2
 ARTICLE ?= --blocks 2,5,5,2 --filters 64
 # of its computations: one for all machines, so that their runs belong together
 PRECISION ?= bfloat16
-TWINS    = $(foreach model,resnet plainnet,$(call TRAIN,--model $(model) $(1)))
+TWINS    = $(foreach model,$(or $(MODEL),resnet plainnet),$(call TRAIN,--model $(model) $(1)))
 
 PYTHONS := $(or $(PYTHON),python3.12 python3.11 python3.13 python3)
 READY   := $(VENV)/.ready
@@ -35,7 +59,7 @@ PYTEST  := $(BIN)/python -m pytest
 # two processes; the tests of one file stay in one
 TOGETHER := -n 2 --dist loadfile
 # where `lock` writes
-LOCKS   ?= .
+LOCKS   ?= requirements
 LOCK    := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
 ANY     := --universal --fork-strategy fewest --python-version 3.11
 GPU     := --python-version 3.12 --python-platform x86_64-manylinux_2_39 --only-binary :all:
@@ -44,69 +68,82 @@ PLAN    := $(BIN)/uv pip install --quiet --dry-run --require-hashes --only-binar
 
 # Containers: docker or podman; the images' name, with a registry before it and a tag behind it where you want them
 DOCKER      ?= docker
-EPOCHS      ?=
-OUTPUT      ?= $(RUNS)
 PORT        ?= 6006
 # a tilde that the shell has left as it is
-$(foreach name,DATA RUNS EXPERIMENT OUTPUT,$(eval override $(name) := $$(patsubst ~/%,$$(HOME)/%,$$($(name)))))
+$(foreach name,DATA RUNS DEMO EXPERIMENT OUTPUT,$(eval override $(name) := $$(patsubst ~/%,$$(HOME)/%,$$($(name)))))
 # further options of the engine's `build` and `run`
 BUILD_ARGS  ?=
 DOCKER_ARGS ?=
 VERSION     := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py)
-IMAGE_TAG    = $(or $(word 2,$(subst :, ,$(notdir $(IMAGE)))),$(VERSION))
-IMAGE_NAME   = $(or $(patsubst %:$(IMAGE_TAG),%,$(IMAGE)),cifar-residual-job)
-JOB_IMAGE    = $(IMAGE_NAME):$(IMAGE_TAG)
-BOARD_IMAGE  = $(IMAGE_NAME)-tensorboard:$(IMAGE_TAG)
+# of registry:port/name:tag@sha256:digest
+DIGEST_OF    = $(word 2,$(subst @, ,$(1)))
+TAG_OF       = $(or $(word 2,$(subst :, ,$(notdir $(firstword $(subst @, ,$(1)))))),$(VERSION))
+NAME_OF      = $(patsubst %:$(TAG_OF),%,$(firstword $(subst @, ,$(1))))
+IMAGE_NAME   = $(or $(call NAME_OF,$(IMAGE)),cifar-residual-job)
+IMAGE_TAG    = $(call TAG_OF,$(IMAGE))
+JOB_IMAGE    = $(IMAGE_NAME)$(if $(call DIGEST_OF,$(IMAGE)),@$(call DIGEST_OF,$(IMAGE)),:$(IMAGE_TAG))
+# follows the job's name and tag; a digest of its own needs BOARD_IMAGE=name@sha256:...
+BOARD_IMAGE ?= $(IMAGE_NAME)-tensorboard:$(IMAGE_TAG)
 BUILD        = $(DOCKER) build --build-arg VERSION=$(VERSION) $(BUILD_ARGS) \
-               --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+               --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown) \
+               --build-arg CREATED=$(shell git log -1 --format=%cI 2>/dev/null || echo unknown)
 
 # Kubernetes: what k8s-validate checks against, the oldest and the newest version that will do
 KUBERNETES := 1.31 1.37
-NAMESPACE  := cifar-residual-job
-OURS       := app.kubernetes.io/part-of=$(NAMESPACE)
+NAMESPACE  ?= cifar-residual-job
+OURS       := app.kubernetes.io/part-of=cifar-residual-job
 TRAINING   := app.kubernetes.io/component=training
+DATA_JOB   := app.kubernetes.io/component=data
 OVERLAY    ?=
 ALL        ?=
+# the cluster, as kubectl's configuration names it; else its current one
+CONTEXT    ?=
+# where k8s-fetch puts the runs
+TO         ?= cluster-runs
 # the user's own kubectl, which knows the way into their cluster, else the environment's
 KUBECTL    ?= $(or $(shell command -v kubectl),$(BIN)/kubectl)
-CLUSTER     = $(KUBECTL) --namespace $(NAMESPACE)
+SERVER      = $(KUBECTL) $(if $(CONTEXT),--context $(CONTEXT))
+CLUSTER     = $(SERVER) --namespace $(NAMESPACE)
 MANIFESTS   = k8s/$(if $(OVERLAY),overlays/$(OVERLAY),base)
-# the manifests, with the images of IMAGE
-RENDER      = $(KUBECTL) kustomize $(MANIFESTS) | \
-              sed -E 's|image: cifar-residual-job(-tensorboard)?:.*|image: $(IMAGE_NAME)\1:$(IMAGE_TAG)|'
+# the manifests with the images of IMAGE, as RENDER has left them
+RENDERED   := build/k8s/rendered.yaml
+# for the programs of k8s/bin, and for k8s-validate where there is no environment yet
+HOST_PYTHON := $(or $(PYTHON),python3)
+VALIDATE   := $(if $(wildcard $(READY)),$(BIN),build/validate/bin)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo data run tensorboard experiment keep-results test test-slow test-browser test-all bench check format lock check-lock clean
+.PHONY: help demo data run tensorboard experiment keep-results test test-slow test-browser test-gpu test-all bench check format lock check-lock docs clean
 .PHONY: docker-build docker-run docker-tensorboard docker-push test-container
-.PHONY: k8s-validate k8s-apply k8s-status k8s-logs k8s-tensorboard k8s-rerun k8s-delete
+.PHONY: k8s-validate k8s-render k8s-apply k8s-status k8s-logs k8s-tensorboard k8s-fetch k8s-rerun k8s-delete test-cluster
 
 ##@ Start here
 help: ## list the commands
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(READY) ## train both networks on the embedded sample and compare them (one to three minutes)
-	$(JOB) train --model resnet --data sample --output "$(RUNS)/demo" $(DEMO_ARGS)
-	$(JOB) train --model plainnet --data sample --output "$(RUNS)/demo" $(DEMO_ARGS)
-	$(JOB) compare "$(RUNS)/demo" --report "$(RUNS)/demo/report"
+demo: $(READY) ## train both networks on the embedded sample and compare them (one to three minutes) [DEMO=folder]
+	$(JOB) train --model resnet --data sample --output "$(DEMO)" $(DEMO_ARGS)
+	$(JOB) train --model plainnet --data sample --output "$(DEMO)" $(DEMO_ARGS)
+	$(JOB) compare "$(DEMO)" --report "$(DEMO)/report"
+	@echo "Curves: make tensorboard RUNS=$(DEMO). One pair on a thousand images cannot show which network is better: that takes all 50,000, several seeds and deeper networks (make data, make experiment)."
 
 ##@ The real thing
 data: $(READY) ## download CIFAR-10 into DATA and verify every file
 	$(JOB) data fetch --to "$(DATA)" $(ARGS)
 
-run: $(READY) ## train MODEL=resnet or MODEL=plainnet [DATA= RUNS= ARGS="--epochs 2 ..."]
+run: $(READY) ## train MODEL=resnet or MODEL=plainnet [EPOCHS= DATA= OUTPUT=gs://... ARGS=]
 	@test -n "$(MODEL)" || { echo "MODEL must be resnet or plainnet, but it is empty; example: make run MODEL=resnet" >&2; exit 2; }
-	exec env JOB_DATA="$(or $(RUN_DATA),$(DATA))" JOB_OUTPUT="$(or $(RUN_OUTPUT),$(RUNS))" $(JOB) train --model $(MODEL) $(ARGS)
+	exec env JOB_DATA="$(or $(RUN_DATA),$(DATA))" JOB_OUTPUT="$(or $(RUN_OUTPUT),$(OUTPUT))" $(JOB) train --model $(MODEL) $(if $(EPOCHS),--epochs $(EPOCHS)) $(ARGS)
 
-# TensorBoard opens on the first of its pages; the address that it prints is made to open on ours, unsmoothed.
-tensorboard: SHELL := bash
-tensorboard: .SHELLFLAGS := -o pipefail -c
-tensorboard: $(READY) ## show the runs of RUNS in a browser, both networks in one chart [PORT=6006]
+tensorboard: $(READY) ## show the runs of RUNS (a folder or gs://...) in a browser, both networks in one chart [PORT=6006]
+	@case "$(RUNS)" in gs://*) ;; *) test -d "$(RUNS)" || { \
+		echo "RUNS must be a folder of runs or gs://..., but there is no $(RUNS); example: make tensorboard RUNS=runs" >&2; exit 2; } ;; \
+	esac
 	@echo "TensorBoard reads $(RUNS); in a few seconds it names the address to open."
-	@TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/tensorboard --logdir "$(RUNS)" --port $(PORT) $(ARGS) 2>&1 | \
-		sed -u 's|\(http://[^ ]*/\) (Press|\1#custom_scalars\&_smoothingWeight=0 (Press|'
+	@$(SAY_OUTLIERS)
+	@exec $(BIN)/python -c '$(TENSORBOARD)' --logdir "$(RUNS)" --port $(PORT) $(ARGS)
 
-experiment: $(READY) ## train what is missing of the paired experiment (many hours on two cores), and compare [EXPERIMENT= EPOCHS= SEEDS= PRECISION=float32]
+experiment: $(READY) ## train what is missing of the paired experiment (many hours on two cores), and compare [EXPERIMENT= MODEL= EPOCHS= SEEDS= PRECISION=float32]
 	$(foreach seed,$(SEEDS),$(foreach blocks,$(SHAPES),$(call TWINS,--blocks $(blocks) --filters $(FILTERS) --seed $(seed) --epochs $(or $(EPOCHS),10))))
 	$(call TWINS,$(ARTICLE) --seed 0 --epochs $(or $(EPOCHS),3))
 	$(JOB) compare "$(EXPERIMENT)" --report "$(EXPERIMENT)/report"
@@ -142,21 +179,27 @@ test-container: $(READY) ## build both images and run them and the pods for real
 	$(PYTEST) tests/k8s -m container
 
 ##@ Kubernetes
-k8s-validate: $(READY) ## render every overlay and check it against the oldest and newest Kubernetes
+k8s-validate: $(VALIDATE)/kubernetes-validate ## render every overlay and check it against the oldest and newest Kubernetes
+	@mkdir -p $(dir $(RENDERED))
 	@for folder in k8s/base k8s/overlays/*; do \
-		$(BIN)/kubectl kustomize $$folder > $(VENV)/rendered.yaml || exit; \
+		$(VALIDATE)/kubectl kustomize $$folder > $(RENDERED) || exit; \
 		for version in $(KUBERNETES); do \
-			$(BIN)/kubernetes-validate --strict --quiet -k $$version $(VENV)/rendered.yaml || exit; \
+			$(VALIDATE)/kubernetes-validate --strict --quiet -k $$version $(RENDERED) || exit; \
 			echo "$$folder is valid for Kubernetes $$version"; \
 		done; \
 	done
 
-k8s-apply: ## start everything, or what has changed [OVERLAY=cpu IMAGE=registry/cifar-residual-job]
-	@$(CHECK_MANIFESTS)
-	$(RENDER) | $(KUBECTL) apply -f -
+k8s-render: ## print the manifests that k8s-apply sends [OVERLAY= IMAGE= BOARD_IMAGE=]
+	@$(RENDER)
+	@cat $(RENDERED)
 
-k8s-status: ## show the Jobs, their pods and what they use
-	$(CLUSTER) get jobs,pods,deployments,persistentvolumeclaims -o wide
+k8s-apply: ## start everything [OVERLAY=cpu IMAGE=registry/cifar-residual-job CONTEXT=]
+	@$(RENDER)
+	@$(REFUSE_CHANGES)
+	@$(APPLY)
+
+k8s-status: ## show what runs, what waits and why, in one table
+	@$(CLUSTER) get jobs,pods,persistentvolumeclaims,events -o json | $(HOST_PYTHON) k8s/bin/status.py
 
 k8s-logs: ## print the logs of all pods of MODEL=resnet or MODEL=plainnet [ARGS=--follow]
 	@test -n "$(MODEL)" || { echo "MODEL must be resnet or plainnet, but it is empty; example: make k8s-logs MODEL=resnet" >&2; exit 2; }
@@ -174,33 +217,44 @@ k8s-tensorboard: ## show the cluster's runs at localhost:6006, also when all Job
 	@$(SAY_ADDRESS)
 	$(CLUSTER) port-forward service/tensorboard $(PORT):6006
 
-k8s-rerun: ## make the Jobs again, for changed settings; finished runs stay [OVERLAY= IMAGE=]
-	@$(CHECK_MANIFESTS)
-	$(CLUSTER) delete jobs,pods -l $(OURS) --cascade=foreground --ignore-not-found
-	$(RENDER) | $(KUBECTL) apply -f -
+k8s-fetch: ## copy the runs of the cluster's volume here and compare checksums, also while Jobs run [TO=cluster-runs IMAGE=]
+	@$(HOST_PYTHON) k8s/bin/fetch.py "$(TO)" --image $(BOARD_IMAGE) -- $(CLUSTER)
+
+k8s-rerun: ## make everything again, for changed settings, images or overlays; finished runs stay [OVERLAY= IMAGE=]
+	@$(RENDER)
+	$(CLUSTER) delete jobs,deployments,configmaps -l $(OURS) --cascade=foreground --ignore-not-found
+	@$(APPLY)
 
 k8s-delete: ## delete everything but the volume with data and runs [ALL=1: that too, for ever]
 ifeq ($(ALL),1)
-	$(KUBECTL) delete namespace $(NAMESPACE) --ignore-not-found
+	$(SERVER) delete namespace $(NAMESPACE) --ignore-not-found
 else
 	$(CLUSTER) delete jobs,deployments,services,networkpolicies,configmaps,serviceaccounts -l $(OURS) --ignore-not-found
 endif
 
+test-cluster: $(if $(CONTEXT),$(READY)) ## run the Jobs' promises on the cluster CONTEXT=, in a namespace of their own [IMAGE= ARGS="--only evict"]
+	@test -n "$(CONTEXT)" || { echo "CONTEXT must name a cluster of: kubectl config get-contexts; example: make test-cluster CONTEXT=kind-kind" >&2; exit 2; }
+	$(BIN)/python -m tests.cluster --context "$(CONTEXT)" $(if $(IMAGE),--image "$(IMAGE)") $(ARGS)
+
 ##@ Development
 test: $(READY) ## the fast tests, without a network (a few minutes) [ARGS="-k name"]
-	$(PYTEST) $(TOGETHER) -m "not (slow or network or container or browser)" $(ARGS)
+	$(PYTEST) $(TOGETHER) -m "not (slow or network or container or browser or gpu)" $(ARGS)
 
 test-slow: $(READY) ## the slow tests, and those that download
-	$(PYTEST) $(TOGETHER) -m "(slow or network) and not (container or browser or alone)" $(ARGS)
+	$(PYTEST) $(TOGETHER) -m "(slow or network) and not (container or browser or gpu or alone)" $(ARGS)
 	@test ! -f build/signal-times.txt || cat build/signal-times.txt
-	$(if $(ARGS),,$(PYTEST) -m alone)
+	$(if $(ARGS),,$(PYTEST) -m "alone and not gpu")
 
 test-browser: $(READY) ## TensorBoard in a real browser; screenshots go to build/screenshots
 	tests/browser/prepare
 	$(PYTEST) tests/browser $(ARGS)
 
-test-all: $(READY) ## every test, containers and browser included
-	$(PYTEST) $(ARGS)
+test-gpu: $(READY) ## what one NVIDIA GPU can show, in ten minutes; images/s and memory go to build/gpu-report.json
+	@rm -f build/gpu-report.json
+	$(PYTEST) tests/gpu -m gpu $(ARGS)
+
+test-all: $(READY) ## every test, containers and browser included, but for those that need a GPU
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 bench: $(READY) ## this job beside Keras's fit, in turns, on a quiet machine [TORCH=1: and PyTorch; ARGS="--workload small"]
 	@if test "$(TORCH)" = 1; then $(BENCH_TORCH); fi
@@ -210,8 +264,12 @@ check: $(READY) ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
-keep-results: $(READY) ## keep the finished runs of EXPERIMENT in .github/experiment and README.md
+docs: $(READY) ## write the tables of docs/reference.md from the program
+	$(BIN)/python -m tests.tools.write_reference
+
+keep-results: $(READY) ## keep the finished runs of EXPERIMENT in docs/experiment, and renew the pages and figures about them
 	$(BIN)/python -m tests.tools.keep_results "$(EXPERIMENT)"
 
 format: $(READY) ## format the code and mend what the linter can
@@ -219,24 +277,25 @@ format: $(READY) ## format the code and mend what the linter can
 	$(BIN)/ruff format .
 
 lock: $(READY) ## make the lock files again from pyproject.toml [ARGS=--upgrade]
-	$(LOCK) $(ANY) $(ARGS) pyproject.toml --extra plots --group dev -o $(LOCKS)/requirements-dev.lock
-	$(LOCK) $(ANY) $(ARGS) pyproject.toml -c $(LOCKS)/requirements-dev.lock -o $(LOCKS)/requirements-cpu.lock
-	$(LOCK) $(GPU) $(ARGS) pyproject.toml --extra gpu -c $(LOCKS)/requirements-dev.lock -o $(LOCKS)/requirements-gpu.lock
-	$(LOCK) $(ANY) $(ARGS) --group tensorboard -c $(LOCKS)/requirements-dev.lock -o $(LOCKS)/requirements-tensorboard.lock
+	$(LOCK) $(ANY) $(ARGS) pyproject.toml --extra plots --group dev -o $(LOCKS)/dev.lock
+	$(LOCK) $(ANY) $(ARGS) pyproject.toml -c $(LOCKS)/dev.lock -o $(LOCKS)/cpu.lock
+	$(LOCK) $(GPU) $(ARGS) pyproject.toml --extra gpu -c $(LOCKS)/dev.lock -o $(LOCKS)/gpu.lock
+	$(LOCK) $(ANY) $(ARGS) --group tensorboard -c $(LOCKS)/dev.lock -o $(LOCKS)/tensorboard.lock
+	$(LOCK) $(ANY) $(ARGS) --group manifests -c $(LOCKS)/dev.lock -o $(LOCKS)/manifests.lock
 
 check-lock: $(READY) ## plan the install of every lock on every platform it serves, downloading no package
-	$(PLAN) $(GPU) -r requirements-gpu.lock
-	for python in 3.11 3.12 3.13; do for lock in dev cpu tensorboard; do \
-		$(PLAN) --python-version $$python --python-platform x86_64-manylinux_2_36 -r requirements-$$lock.lock || exit; \
+	$(PLAN) $(GPU) -r requirements/gpu.lock
+	for python in 3.11 3.12 3.13; do for lock in dev cpu tensorboard manifests; do \
+		$(PLAN) --python-version $$python --python-platform x86_64-manylinux_2_36 -r requirements/$$lock.lock || exit; \
 	done; done
 
-clean: ## remove the environment, caches and build output; runs and data stay
+clean: ## remove the environment, caches and build output; runs, demo and data stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find job tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment, made the first time it is needed and completed when the lock changes. A Python suits when it
 # runs at all (a version manager's shim may not), has the right version and can make environments.
-$(READY): requirements-dev.lock pyproject.toml
+$(READY): requirements/dev.lock pyproject.toml
 	@if ! $(BIN)/python -c '$(SUITS)' 2>/dev/null; then \
 		suitable=; \
 		for python in $(PYTHONS); do \
@@ -246,7 +305,7 @@ $(READY): requirements-dev.lock pyproject.toml
 		echo "Making $(VENV) with $$("$$suitable" --version): once, about two minutes."; \
 		"$$suitable" -m venv --clear $(VENV); \
 	fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes -r requirements/dev.lock
 	@touch $@
 
 # PyTorch, in an environment of its own beside the job's packages: several GB.
@@ -272,17 +331,74 @@ endef
 # exec, here and in `run`: make passes a SIGTERM on to the shell, which would not pass it on to the job.
 define TRAIN
 
-	exec env JOB_DATA="$(DATA)" $(JOB) train --output "$(EXPERIMENT)" --precision $(PRECISION) --commit-every 5min $(1) $(ARGS)
+	exec env JOB_DATA="$(or $(RUN_DATA),$(DATA))" $(JOB) train --output "$(EXPERIMENT)" --precision $(PRECISION) --commit-every 5min $(1) $(ARGS)
 endef
 
-# TensorBoard itself names the address of its first page only, and in a container another port.
+# In a container TensorBoard names another port.
 define SAY_ADDRESS
-echo "Both networks in one chart, in a few seconds: http://localhost:$(PORT)/#custom_scalars&_smoothingWeight=0"
+echo "Both networks in one chart, in a few seconds: http://localhost:$(PORT)/"; $(SAY_OUTLIERS)
+endef
+# Its own default, which it takes from the browser alone.
+SAY_OUTLIERS = echo "It cuts off what it takes for outliers, as the highest curve: untick 'Ignore outliers in chart scaling' there."
+
+# TensorBoard as in the light image, without TensorFlow: it starts sooner and looks for no GPU. fsspec reads gs://.
+define TENSORBOARD
+import sys, types; sys.modules["tensorboard.compat.notf"] = types.ModuleType("notf"); \
+from tensorboard.main import run_main; run_main()
 endef
 
-define CHECK_MANIFESTS
-test -d $(MANIFESTS) || { echo "OVERLAY must be one of: $(notdir $(wildcard k8s/overlays/*)); not $(OVERLAY)" >&2; exit 2; }
+RENAMED = newName: "$(NAME_OF)", $(if $(DIGEST_OF),digest: "$(DIGEST_OF)",newTag: "$(TAG_OF)")
+# From a kustomization that names the overlay and the images.
+define RENDER
+test -d $(MANIFESTS) || { echo "OVERLAY must be one of: $(notdir $(wildcard k8s/overlays/*)); not $(OVERLAY)" >&2; exit 2; }; \
+mkdir -p $(dir $(RENDERED)); \
+printf '%s\n' 'resources: [../../$(MANIFESTS)]' 'namespace: $(NAMESPACE)' images: \
+	'  - {name: cifar-residual-job, $(call RENAMED,$(JOB_IMAGE))}' \
+	'  - {name: cifar-residual-job-tensorboard, $(call RENAMED,$(BOARD_IMAGE))}' \
+	> $(dir $(RENDERED))kustomization.yaml; \
+$(KUBECTL) kustomize $(dir $(RENDERED)) > $(RENDERED) || exit; \
+if grep -qE 'gs://BUCKET/|@PROJECT\.' $(RENDERED); then \
+	echo "BUCKET and PROJECT are placeholders: write your names into k8s/components/gcs/settings.yaml" >&2; exit 2; \
+fi
 endef
+
+# The server is asked first, about all of it: nothing is applied by halves. It cannot be asked before the namespace is
+# there, and then nothing else is there either.
+define REFUSE_CHANGES
+found="$$($(SERVER) get namespace $(NAMESPACE) --ignore-not-found -o name)" || exit; \
+test -z "$$found" || said="$$($(SERVER) apply --dry-run=server -f $(RENDERED) 2>&1)" || { \
+	changed="$$(printf '%s\n' "$$said" | grep -oE '(Job|ConfigMap)(\.batch)? "[a-z0-9-]+" is invalid.*field is immutable' | cut -d '"' -f 2 | sort -u | xargs | sed 's/ /, /g')"; \
+	if test -n "$$changed"; then \
+		echo "Nothing was applied: the cluster has $$changed already, with other settings, images or another overlay, and they cannot change in place; to stop them and start these (finished runs stay): make k8s-rerun$(if $(OVERLAY), OVERLAY=$(OVERLAY))$(if $(IMAGE), IMAGE=$(IMAGE))"; \
+	else \
+		printf 'Nothing was applied: the cluster refuses the manifests.\n%s\n' "$$said"; \
+	fi >&2; \
+	exit 1; \
+}
+endef
+
+# The training Jobs last. Their pods go nowhere while the data's pod has a node; were they the first to have one, they
+# would fetch the data themselves, with a GPU in hand, and keep the data's pod waiting.
+define APPLY
+$(SERVER) apply -f $(RENDERED) -l '$(subst =,!=,$(TRAINING))' || exit; \
+job="$$($(CLUSTER) get jobs -l $(DATA_JOB) -o name)" || exit; \
+tries=$${job:+150}; \
+while test $${tries:-0} -gt 0; do \
+	placed="$$($(CLUSTER) get jobs,pods -l $(DATA_JOB) -o 'jsonpath=$(DATA_PLACED)')" || exit; \
+	test -z "$$placed" || break; \
+	test $$tries -ne 145 || echo "The Job data waits for a node, and training for it: make k8s-status says why."; \
+	tries=$$((tries - 1)); sleep 2; \
+done; \
+$(SERVER) apply -f $(RENDERED)
+endef
+# Not empty once the data's pod has a node, or its Job has ended.
+DATA_PLACED = {.items[*].spec.nodeName}{.items[*].status.conditions[?(@.type=="Complete")].status}{.items[*].status.conditions[?(@.type=="Failed")].status}
+
+# Only the packages that check manifests.
+build/validate/bin/kubernetes-validate: requirements/manifests.lock
+	$(HOST_PYTHON) -m venv --clear build/validate
+	build/validate/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes -r $<
+	@touch $@
 
 # A line a Job: its name, and True where it is complete or has failed.
 JOB_ENDS = {range .items[*]}{.metadata.name}={.status.conditions[?(@.type=="Complete")].status}{.status.conditions[?(@.type=="Failed")].status}{"\n"}{end}
@@ -329,8 +445,11 @@ endef
 define WITH_DATA
 case "$(DATA)" in \
 	sample | gs://*) set -- "$$@" --env "JOB_DATA=$(DATA)" ;; \
-	*.tar.gz | *.tgz) set -- "$$@" --env JOB_DATA=/data.tar.gz --volume "$$(realpath "$(DATA)"):/data.tar.gz:ro" ;; \
-	*) mkdir -p "$(DATA)"; set -- "$$@" --volume "$$(realpath "$(DATA)"):/data" ;; \
+	*) if test -f "$(DATA)"; then \
+		set -- "$$@" --env JOB_DATA=/archive --volume "$$(realpath "$(DATA)"):/archive:ro"; \
+	else \
+		mkdir -p "$(DATA)"; set -- "$$@" --volume "$$(realpath "$(DATA)"):/data"; \
+	fi ;; \
 esac
 endef
 define WITH_OUTPUT

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from job.startup import set_environment
+from job.engine.startup import set_environment
 
 set_environment(filters=16)
 for name in [name for name in os.environ if name.startswith("JOB_")]:
     del os.environ[name]
 
 pytest_plugins = ["tests.gcs_server"]
+
+
+@pytest.fixture(autouse=True)
+def logger() -> Iterator[None]:
+    """A reporter takes the job's logger over, for its test alone."""
+    log = logging.getLogger("job")
+    handlers, propagate = list(log.handlers), log.propagate
+    yield
+    log.handlers[:], log.propagate = handlers, propagate
 
 
 @pytest.fixture(autouse=True)

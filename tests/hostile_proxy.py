@@ -63,6 +63,7 @@ class Fault:
     times: int = 1
     skip: int = 0
     status: int = 503
+    body: bytes = b'{"error": {"message": "injected by the test"}}'
     meanwhile: Callable[[], None] | None = None  # after the server has carried the request out
 
 
@@ -215,7 +216,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault is not None and fault.name in ("flip", "flip and lose"):
             request.body = _flipped(request.body)
         if fault is not None and fault.name == "status":
-            self._answer(Response(fault.status, body=b'{"error": {"message": "injected by the test"}}'))
+            self._answer(Response(fault.status, body=fault.body))
             return
         response = proxy.forward(request)
         if fault is not None and fault.meanwhile is not None:

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from job import portable
-from job.cifar10 import Dataset, Split
-from job.cluster import Cluster
-from job.config import Identity, Network, Settings, recipe_of
-from job.trainer import Trainer
+from job.data.records import Dataset, Split
+from job.domain.identity import Identity
+from job.domain.network import Network
+from job.domain.recipe import recipe_of
+from job.domain.settings import Settings
+from job.engine.cluster import Cluster
+from job.engine.training_step import Trainer
+from job.model import keras_file
 
-DEVICES = 4
+DEVICES = 7
 _bases = itertools.count(1)
 TINY = Network(blocks=(1, 1), filters=16)
 
@@ -27,7 +30,7 @@ tf.config.experimental.enable_op_determinism()
 def cluster_of(replicas: int = 1) -> Cluster:
     """Logical CPU devices of this process as a cluster."""
     strategy = _mirrored(replicas) if replicas > 1 else tf.distribute.get_strategy()
-    return Cluster(strategy, ("test CPU",) * replicas, on_gpu=False, replicas=replicas)
+    return Cluster(strategy, ("test CPU",) * replicas, on_gpu=False)
 
 
 def _mirrored(replicas: int) -> tf.distribute.Strategy:
@@ -61,14 +64,14 @@ def trainer_of(
     """A trainer with the identity's initial weights."""
     identity = identity or identity_of()
     trainer = Trainer(identity, cluster_of(replicas), train=train or split_of(40), xla=xla)
-    twin = portable.plain_twin(
+    twin = keras_file.plain_twin(
         identity.network, identity.recipe, precision=identity.precision, seed=identity.seed
     )
-    trainer.state = portable.state_of(twin)
+    trainer.state = keras_file.state_of(twin)
     return trainer
 
 
-def assert_same_state(left: portable.State, right: portable.State) -> None:
+def assert_same_state(left: keras_file.State, right: keras_file.State) -> None:
     """Bit for bit."""
     for one, other in zip([*left.weights, *left.optimizer], [*right.weights, *right.optimizer], strict=True):
         assert one.dtype == other.dtype

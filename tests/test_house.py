@@ -25,44 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHONS = ("3.11", "3.12", "3.13")
 # Each lock with the Pythons of the places where it is installed; the GPU image is built on Ubuntu 24.04.
-LOCKS = {"dev": PYTHONS, "cpu": PYTHONS, "tensorboard": PYTHONS, "gpu": ("3.12",)}
+LOCKS = {"dev": PYTHONS, "cpu": PYTHONS, "tensorboard": PYTHONS, "manifests": PYTHONS, "gpu": ("3.12",)}
 
-# A module imports only modules further up in this list.
-LAYERS = (
-    "__init__",
-    "errors",
-    "config",
-    "interruption",
-    "startup",
-    "reporting",
-    "storage",
-    "gcs",
-    "fetching",
-    "cifar10",
-    "batches",
-    "networks",
-    "normalization",
-    "muon",
-    "portable",
-    "pictures",
-    "diagram",
-    "cluster",
-    "checkpoints",
-    "events",
-    "publication",
-    "trainer",
-    "summaries",
-    "figures",
-    "comparison",
-    "training",
-    "cli",
-    "__main__",
-)
-# Opening a location is where an implementation of the Store is picked, imported only when one is opened.
-LATE_IMPORTS = {"storage": {"gcs"}}
-STANDARD_LIBRARY_ONLY = ("errors", "config", "interruption", "startup", "reporting")
 TOP_LEVEL = {
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "Dockerfile",
     "LICENSE",
     "Makefile",
@@ -72,13 +39,14 @@ TOP_LEVEL = {
     "k8s",
     "pyproject.toml",
     "tests",
-    *(f"requirements-{name}.lock" for name in LOCKS),
+    "docs",
+    "requirements",
 }
 
 
 def tracked_files() -> list[Path]:
-    """The files of the checkout, those not yet added included, relative to its root."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    """The project's files, relative to its root; what else a user keeps in the checkout is none of ours."""
+    command = ["git", "ls-files", "-z", "--cached"]
     listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return [Path(name) for name in listing.split("\0") if name and (ROOT / name).is_file()]
 
@@ -98,8 +66,8 @@ def parse_lock(text: str) -> list[tuple[Requirement, set[str]]]:
     return entries
 
 
-def locked(name: str, folder: Path = ROOT) -> list[tuple[Requirement, set[str]]]:
-    return parse_lock((folder / f"requirements-{name}.lock").read_text())
+def locked(name: str, folder: Path = ROOT / "requirements") -> list[tuple[Requirement, set[str]]]:
+    return parse_lock((folder / f"{name}.lock").read_text())
 
 
 def pins(name: str, python: str) -> dict[str, str]:
@@ -124,7 +92,7 @@ def test_every_locked_requirement_is_one_exact_version_with_hashes(name: str) ->
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_a_lock_names_no_address(name: str) -> None:
-    assert "://" not in (ROOT / f"requirements-{name}.lock").read_text()
+    assert "://" not in (ROOT / f"requirements/{name}.lock").read_text()
 
 
 @pytest.mark.parametrize("name", [name for name in LOCKS if name != "dev"])
@@ -132,7 +100,7 @@ def test_locks_agree_on_what_they_share(name: str) -> None:
     for python in LOCKS[name]:
         development, other = pins("dev", python), pins(name, python)
         shared = development.keys() & other.keys()
-        assert "tensorboard" in shared
+        assert ("kubernetes-validate" if name == "manifests" else "tensorboard") in shared
         assert {package: other[package] for package in shared} == {
             package: development[package] for package in shared
         }
@@ -146,10 +114,13 @@ def requested(requirements: list[str]) -> dict[str, SpecifierSet]:
 @pytest.mark.parametrize("name", LOCKS)
 def test_locks_serve_what_the_project_requests(name: str) -> None:
     groups = PROJECT["dependency-groups"]
-    wanted = list(groups["tensorboard"] if name == "tensorboard" else PROJECT["project"]["dependencies"])
+    wanted = list(
+        groups[name] if name in ("tensorboard", "manifests") else PROJECT["project"]["dependencies"]
+    )
     if name == "dev":
         wanted += PROJECT["project"]["optional-dependencies"]["plots"]
-        wanted += [entry for entry in groups["dev"] if isinstance(entry, str)] + groups["tensorboard"]
+        wanted += [entry for entry in groups["dev"] if isinstance(entry, str)]
+        wanted += groups["tensorboard"] + groups["manifests"]
     for python in LOCKS[name]:
         installed = pins(name, python)
         for package, specifier in requested(wanted).items():
@@ -174,9 +145,9 @@ def test_the_gpu_lock_is_the_cpu_lock_and_the_cuda_libraries() -> None:
 def test_make_lock_would_write_the_locks_again(tmp_path: Path) -> None:
     """Guards against a pyproject.toml changed without ``make lock``, and against altered hashes."""
     for name in LOCKS:
-        lines = (ROOT / f"requirements-{name}.lock").read_text().splitlines()
+        lines = (ROOT / f"requirements/{name}.lock").read_text().splitlines()
         kept = [line.removesuffix("\\").rstrip() for line in lines if "--hash=" not in line]
-        (tmp_path / f"requirements-{name}.lock").write_text("\n".join(kept) + "\n")
+        (tmp_path / f"{name}.lock").write_text("\n".join(kept) + "\n")
     arguments = [f"--old-file={sys.prefix}/.ready", "lock", f"VENV={sys.prefix}", f"LOCKS={tmp_path}"]
     finished = run_make(*arguments)
     assert finished.returncode == 0, finished.stderr
@@ -276,6 +247,87 @@ def test_run_is_told_where_data_and_runs_are(monkeypatch: pytest.MonkeyPatch, tm
     assert 'JOB_DATA="data" JOB_OUTPUT="runs" ' in run_make(*dry).stdout
 
 
+def test_the_demo_lies_beside_the_runs_and_tells_how_to_see_it(tmp_path: Path) -> None:
+    """Its curves would lie among the real ones in TensorBoard, and its pair among theirs in `compare`."""
+    dry = ("--dry-run", "demo", f"--old-file={tmp_path}/.ready", f"VENV={tmp_path}")
+    for given, folder in (([], "demo"), (["DEMO=~/shown"], f"{os.environ['HOME']}/shown")):
+        *commands, last = run_make(*dry, *given).stdout.splitlines()
+        outputs = [line.partition("--output ")[2].split()[0] for line in commands if " train " in line]
+        assert outputs == [f'"{folder}"'] * 2
+        assert any(line.endswith(f'compare "{folder}" --report "{folder}/report"') for line in commands)
+        assert f"make tensorboard RUNS={folder}." in last
+
+
+def test_what_the_readmes_commands_leave_is_ignored_by_git() -> None:
+    left = [f"{name}/x" for name in ("demo", "runs", "data", "report", "exported", "cluster-runs")]
+    shown = subprocess.run(
+        ["git", "check-ignore", *left], cwd=ROOT, check=False, capture_output=True, text=True
+    ).stdout
+    assert shown.split() == left
+
+
+@pytest.mark.parametrize("target", ["tensorboard", "docker-tensorboard", "k8s-tensorboard"])
+def test_who_opens_tensorboard_is_told_why_the_highest_curve_is_cut_off(target: str) -> None:
+    """Its default, which no server can change; tests/browser finds the switch by the same words."""
+    text = run_make("--dry-run", f"--old-file={sys.prefix}/.ready", target).stdout
+    assert "untick 'Ignore outliers in chart scaling'" in text
+
+
+TRAINING = ("run", "docker-run", "experiment")
+
+
+@pytest.mark.parametrize("target", TRAINING)
+def test_what_trains_takes_the_same_variables(tmp_path: Path, target: str) -> None:
+    made = [f"--old-file={tmp_path}/.ready", f"VENV={tmp_path}", "MODEL=plainnet", "EPOCHS=7"]
+    given = [f"DATA={tmp_path}/my data", f"OUTPUT={tmp_path}/my runs", "ARGS=--keep 3"]
+    text = run_make("--dry-run", target, *made, *given).stdout
+    lines = [line for line in text.splitlines() if " train " in line]
+    assert lines
+    for line in lines:
+        assert "--model plainnet" in line
+        assert "--epochs 7" in line
+        assert line.rstrip().endswith("--keep 3")
+    assert f"{tmp_path}/my data" in text
+    assert f"{tmp_path}/my runs" in text
+    assert "--model resnet" not in text
+
+
+@pytest.mark.parametrize(
+    ("target", "variable"),
+    [
+        *((target, "MODL=resnet") for target in (*TRAINING, "data", "test", "help")),
+        ("run", "SEEDS=1"),
+        ("data", "MODEL=resnet"),
+        ("run", "IMAGE=mine"),
+        ("demo", "RUNS=mine"),
+    ],
+)
+def test_a_variable_that_a_target_does_not_know_is_refused(target: str, variable: str) -> None:
+    finished = run_make("--dry-run", target, variable)
+    assert finished.returncode == 2
+    name = variable.partition("=")[0]
+    assert f"make {target} knows no {name}, but: " in finished.stderr
+    known = finished.stderr.partition("but: ")[2].split()
+    assert {"ARGS", "DEMO_ARGS"} & set(known)
+    assert name not in known
+
+
+def test_every_variable_that_help_names_is_known() -> None:
+    for target, text in make_targets().items():
+        named = re.findall(r"\b([A-Z_]+)=", text)
+        typed = [f"{name}=x" for name in named]
+        finished = run_make("--dry-run", f"--old-file={sys.prefix}/.ready", target, *typed)
+        assert "knows no" not in finished.stderr, target
+
+
+def test_a_safe_path_does_not_hide_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.delenv("PYTHONPATH")
+    finished = run_make("data", f"--old-file={sys.prefix}/.ready", f"VENV={sys.prefix}", "ARGS=--help")
+    assert finished.returncode == 0, finished.stderr
+    assert "Bring the official files" in finished.stdout
+
+
 # --- the environment that make makes
 
 
@@ -299,7 +351,8 @@ esac
 @pytest.fixture
 def house(tmp_path: Path) -> Path:
     """A copy of the files that the environment depends on, older than anything made from now on."""
-    for name in ("Makefile", "pyproject.toml", "requirements-dev.lock"):
+    (tmp_path / "requirements").mkdir()
+    for name in ("Makefile", "pyproject.toml", "requirements/dev.lock"):
         shutil.copy(ROOT / name, tmp_path / name)
         os.utime(tmp_path / name, (1, 1))
     return tmp_path
@@ -317,14 +370,14 @@ def test_the_environment_is_made_once_and_completed_when_the_lock_changes(house:
     assert "Making .venv with Python 3.12.9" in first.stdout
     made, installed = calls(house)
     assert made == "-m venv --clear .venv"
-    assert re.fullmatch(r"-m pip install .*--require-hashes -r requirements-dev\.lock", installed)
+    assert re.fullmatch(r"-m pip install .*--require-hashes -r requirements/dev\.lock", installed)
 
     second = run_make(".venv/.ready", f"PYTHON={python}", folder=house)
     assert second.stdout.strip().endswith("is up to date.")
     assert calls(house) == [made, installed]
 
     os.utime(house / ".venv/.ready", (2, 2))
-    os.utime(house / "requirements-dev.lock", (3, 3))
+    os.utime(house / "requirements/dev.lock", (3, 3))
     third = run_make(".venv/.ready", f"PYTHON={python}", folder=house)
     assert third.returncode == 0, third.stderr
     assert calls(house) == [made, installed, installed]
@@ -407,27 +460,38 @@ def imported_names(path: Path) -> Iterator[str]:
             yield from [f"job.{alias.name}" for alias in node.names] if module == "job" else [module]
 
 
-def layer(dotted: str) -> str:
-    """``job.storage.Store`` -> ``storage``; what is no module is the package's own."""
-    name = dotted.partition(".")[2].partition(".")[0]
-    return name if name in LAYERS else "__init__"
-
-
+LONGEST_MODULE = 400  # lines
 MODULES = sorted((ROOT / "job").rglob("*.py"))
 
 
+def test_dependencies_point_downward_only() -> None:
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+PACKAGES = sorted(path.parent.name for path in (ROOT / "job").glob("*/__init__.py"))
+
+
+def test_every_package_has_its_layer() -> None:
+    (layers,) = [
+        contract["layers"]
+        for contract in PROJECT["tool"]["importlinter"]["contracts"]
+        if contract["type"] == "layers"
+    ]
+    assert set(layers) == {f"job.{name}" for name in [*PACKAGES, "__main__", "cli", "console"]}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_says_in_two_sentences_what_lives_there(name: str) -> None:
+    text = ast.get_docstring(ast.parse((ROOT / "job" / name / "__init__.py").read_text()))
+    assert text
+    assert len(re.findall(r"\.(?:\s|$)", text)) == 2
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_dependencies_point_downward_only(path: Path) -> None:
-    assert path.stem in LAYERS, f"give job/{path.name} its place in LAYERS"
-    below = set(LAYERS[: LAYERS.index(path.stem)]) | LATE_IMPORTS.get(path.stem, set())
-    used = {layer(name) for name in imported_names(path) if name.partition(".")[0] == "job"}
-    assert used <= below, f"job/{path.name} imports {sorted(used - below)}, which are not below it"
-
-
-@pytest.mark.parametrize("name", STANDARD_LIBRARY_ONLY)
-def test_the_lowest_modules_need_the_standard_library_only(name: str) -> None:
-    roots = {dotted.partition(".")[0] for dotted in imported_names(ROOT / "job" / f"{name}.py")}
-    assert roots <= sys.stdlib_module_names | {"job"}
+def test_no_module_is_longer_than_one_reads(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST_MODULE
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
@@ -453,5 +517,5 @@ def test_the_built_package_has_the_jobs_version_its_sample_and_its_notices(tmp_p
         for source in (ROOT / "job").rglob("*"):
             if source.is_file() and "__pycache__" not in source.parts:
                 assert package.read(str(source.relative_to(ROOT))) == source.read_bytes()
-    assert {"job/sample/train.bin", "job/sample/test.bin"} <= names
+    assert {"job/data/sample/train.bin", "job/data/sample/test.bin"} <= names
     assert {Path(name).name for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from typing import Any
 
 import click
 
-from tests.benchmarks import contenders, measures, report
+from tests.benchmarks import contenders, goodput, measures, report
 from tests.benchmarks.contenders import WORKLOADS, Contender, Machine, Workload
 from tests.benchmarks.harness import IMAGES, Failed, play
 
 PARTS = ("training", "evaluation", "first-step", "commits", "help")
+SLOW_PARTS = ("goodput",)  # hours: only where they are asked for
+KILLS = (signal.SIGKILL, signal.SIGTERM)
 REPEATS = 3  # of what starts a process and ends it
 HELP_REPEATS = 11
 
@@ -49,13 +52,47 @@ def _own_workload(text: str) -> Workload:
 )
 @click.option("--turns", type=click.IntRange(1), default=5, show_default=True, help="Of each contender.")
 @click.option("--seconds", type=float, default=10.0, show_default=True, help="A turn's length.")
-@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), default=PARTS, show_default=True)
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(PARTS + SLOW_PARTS),
+    default=PARTS,
+    show_default=True,
+)
 @click.option("--only", multiple=True, help="Contenders by name, e.g. keras, torch, job. May be repeated.")
 @click.option("--torch", default=measures.default_torch, help="A Python that has PyTorch.")
 @click.option("--data", default="sample", show_default=True, help="For the first step: as `train` takes it.")
 @click.option("--images", type=click.IntRange(1), default=IMAGES, show_default=True, help="Of an epoch.")
+@click.option(
+    "--every",
+    multiple=True,
+    type=click.FloatRange(0.1),
+    default=(45.0, 180.0),
+    show_default=True,
+    help="Goodput: seconds between two signals. May be repeated.",
+)
+@click.option(
+    "--signal",
+    "signals",
+    multiple=True,
+    type=click.Choice([one.name for one in KILLS]),
+    default=[one.name for one in KILLS],
+    show_default=True,
+    help="Goodput: that comes. May be repeated.",
+)
+@click.option("--epochs", type=click.IntRange(1), default=30, show_default=True, help="Goodput: of each run.")
+@click.option(
+    "--most",
+    type=click.FloatRange(1),
+    default=5.0,
+    show_default=True,
+    help="Goodput: who takes so many times as long as undisturbed is given up.",
+)
 @click.option("--json", "json_file", default="build/benchmark.json", show_default=True)
-@click.option("--markdown", "markdown_file", help="Also write the tables there, as the README shows them.")
+@click.option(
+    "--markdown", "markdown_file", help="Also write the tables there, as docs/benchmark.md has them."
+)
 def main(
     workloads: list[Workload],
     turns: int,
@@ -65,6 +102,10 @@ def main(
     torch: str | None,
     data: str,
     images: int,
+    every: tuple[float, ...],
+    signals: tuple[str, ...],
+    epochs: int,
+    most: float,
     json_file: str,
     markdown_file: str | None,
 ) -> None:
@@ -73,10 +114,15 @@ def main(
     if load > 0.5:
         say(f"The machine is busy (load average {load:.2f}): numbers of now will be worth little.")
     everyone = _chosen(contenders.contenders(machine, torch=bool(torch)), only)
+    schedules = [goodput.Schedule(signal.Signals[name], seconds) for name in signals for seconds in every]
 
     def players(who: list[Contender], workload: Workload) -> Any:
         gpu = bool(machine.gpus)
         return play(who, workload, turns=turns, seconds=seconds, images=images, torch=torch, gpu=gpu, say=say)
+
+    def killed(workload: Workload) -> Any:
+        work = goodput.Work(workload, images, epochs, torch)
+        return goodput.measure(work, schedules, most=most, only=only, say=say)
 
     def measured(workload: Workload) -> dict[str, Any]:
         return report.workload_report(
@@ -87,13 +133,14 @@ def main(
                 "first-step" in parts, measures.first_steps, workload, data=data, repeats=REPEATS
             ),
             commits=_if("commits" in parts, measures.commits, workload),
+            killed=_if("goodput" in parts, killed, workload) or [],
         )
 
     results = {
         "format": 1,
         "date": time.strftime("%Y-%m-%d"),
         "versions": measures.versions(torch),
-        "settings": {"turns": turns, "seconds": seconds, "images": images},
+        "settings": {"turns": turns, "seconds": seconds, "images": images, "epochs": epochs},
         "help_seconds": measures.help_seconds(HELP_REPEATS) if "help" in parts else [],
         "workloads": [measured(workload) for workload in workloads],
         "hardware": {
@@ -115,7 +162,7 @@ def say(text: str) -> None:
 
 
 def _chosen(everyone: list[Contender], names: tuple[str, ...]) -> list[Contender]:
-    known = [one.name for one in everyone]
+    known = [*(one.name for one in everyone), *goodput.CONTENDERS]
     if wrong := set(names) - set(known):
         raise click.BadParameter(
             f"--only must name contenders, not {', '.join(sorted(wrong))}; they are: {', '.join(known)}"

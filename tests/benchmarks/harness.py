@@ -124,7 +124,7 @@ class Player:
                 self._process = Process(self._command, clean_environment(**self.contender.environment))
                 first = self._process.hear()
                 if self._gpu and not first["on_gpu"]:
-                    raise Failed("computes on the CPU, beside a GPU; see the README on GPU machines")
+                    raise Failed("computes on the CPU, beside a GPU; see docs/benchmark.md")
                 self.first_unit_seconds.append(first["first_unit_seconds"])
             self._process.tell(seconds=seconds)
             self.turns.append(self._process.hear())

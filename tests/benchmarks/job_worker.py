@@ -1,4 +1,4 @@
-"""This job's own training step and evaluation, made as ``job.training`` makes them."""
+"""This job's own training step and evaluation, made as ``job.run.attempt`` makes them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ import time
 
 import numpy as np
 
-from job import startup
-from job.batches import EpochPlan
-from job.cifar10 import Split
-from job.config import Network, Settings
+from job.data.epoch_plan import EpochPlan
+from job.data.records import Split
+from job.domain.network import Network
+from job.domain.settings import Settings
+from job.engine import startup
 from tests.benchmarks.turns import Turns
 
 
 class Work:
-    """An :class:`job.training.Attempt` without its run: calls of as many steps as that makes."""
+    """An :class:`job.run.attempt.Attempt` without its run: calls of as many steps as that makes."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         import tensorflow as tf
 
-        from job import cluster, portable, training
-        from job.trainer import DeviceSplit, Trainer
+        from job.engine import cluster, devices
+        from job.engine.device_split import DeviceSplit
+        from job.engine.training_step import Trainer
+        from job.model import keras_file
+        from job.run import loop
 
         network = Network(
             blocks=tuple(int(count) for count in options.blocks.split(",")), filters=options.filters
@@ -39,11 +43,11 @@ class Work:
             sync_batch_norm=options.sync_batch_norm,
         )
         identity = settings.identity(
-            precision=cluster.resolve_precision(settings.precision, filters=network.filters),
+            precision=devices.resolve_precision(settings.precision, filters=network.filters),
             data_sha256="0" * 64,
         )
         self.cluster = cluster.connect(settings)
-        self.tf, self._training = tf, training
+        self.tf, self._call_seconds = tf, loop.CALL_SECONDS
         if not self.cluster.on_gpu:
             tf.config.experimental.enable_op_determinism()
         words = np.random.default_rng(0)
@@ -53,8 +57,8 @@ class Work:
         )
         xla = cluster.resolve_xla("auto", self.cluster, sync_batch_norm=settings.sync_batch_norm)
         self._trainer = Trainer(identity, self.cluster, train=split, xla=xla)
-        twin = portable.plain_twin(network, identity.recipe, precision=identity.precision, seed=0)
-        self._trainer.state = portable.state_of(twin)
+        twin = keras_file.plain_twin(network, identity.recipe, precision=identity.precision, seed=0)
+        self._trainer.state = keras_file.state_of(twin)
         self._evaluated = DeviceSplit(split, self.cluster.strategy) if options.evaluate else None
         self._images: int = options.images
         self._batch_size: int = options.batch_size
@@ -70,7 +74,7 @@ class Work:
         steps = self._images // self._batch_size
         if self._first == steps:
             self._first = 0
-        fitting = int(self._training.CALL_SECONDS / self._seconds) if self._seconds else 1
+        fitting = int(self._call_seconds / self._seconds) if self._seconds else 1
         return max(1, min(steps - self._first, fitting))
 
     def train(self, count: int) -> int:
@@ -93,7 +97,7 @@ class Work:
         started = time.perf_counter()
         self._trainer.predict(self._evaluated, first=0, count=count)
         seconds = time.perf_counter() - started
-        if self._seconds is not None and seconds < self._training.CALL_SECONDS / 2:
+        if self._seconds is not None and seconds < self._call_seconds / 2:
             self._count = min(2 * count, self._images)
         self._seconds = seconds
         return count
@@ -142,7 +146,7 @@ def main() -> None:
         take_half_of_the_cores()
     startup.set_environment(filters=options.filters)
     with startup.quiet():
-        import job.training  # noqa: F401
+        import job.run.attempt  # noqa: F401
     work = Work(options)
     if not work.cluster.is_chief:
         while count := work.cluster.number_from_chief(0):

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.contenders import Workload
+from job.engine.startup import fills_vectors
+from tests.benchmarks.contenders import Machine, Workload
 from tests.benchmarks.harness import ROOT, Failed, Process, clean_environment
 from tests.gcs_server import Gateway, GcsServer
 
@@ -33,27 +34,52 @@ def _seconds(command: list[str]) -> float:
 
 
 def first_steps(workload: Workload, *, data: str, repeats: int) -> dict[str, Any]:
-    """Seconds from a process's start to its first training step, and until that is done, traced and all."""
-    told = []
-    for _ in range(repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            told.append(_probe("first-step", workload, ["--data", data, "--output", folder]))
-    return {"data": data, **{key: [one[key] for one in told] for key in ("begins", "is_done")}}
+    """Seconds from a process's start to its first training step, and until that is done, traced and all.
+
+    In turns: of a new run, of one that continues from a commit, and of Keras alone (``bare``).
+    """
+    found: dict[str, list[float]] = {key: [] for key in ("begins", "is_done", "resumed", "bare")}
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--data", data, "--output", folder, "--name"]
+        job = [sys.executable, "-m", "job", "train", *workload.options, *options, "resumed", "--epochs", "1"]
+        subprocess.run(job, cwd=ROOT, env=clean_environment(), capture_output=True, check=True)
+        for turn in range(repeats):
+            told = _probe("first-step", workload, [*options, f"new-{turn}"])
+            found["begins"].append(told["begins"])
+            found["is_done"].append(told["is_done"])
+            told = _probe("first-step", workload, [*options, "resumed", "--epochs", "2", "--take-over"])
+            found["resumed"].append(told["is_done"])
+            found["bare"].append(_bare_first_step(workload))
+    return {"data": data, **found}
+
+
+def _bare_first_step(workload: Workload) -> float:
+    precision = "bfloat16" if Machine.here().bfloat16 else "float32"
+    network = [workload.blocks, str(workload.filters), str(workload.batch_size)]
+    command = [sys.executable, "-m", f"{__package__}.bare", *network, precision]
+    # As the job chooses: oneDNN leaves its memory where channels do not fill the processor's vectors.
+    onednn = "1" if fills_vectors(workload.filters) else "0"
+    process = Process(command, clean_environment(TF_ENABLE_ONEDNN_OPTS=onednn))
+    try:
+        return float(process.hear()["is_done"])
+    finally:
+        process.stop()
 
 
 def commits(workload: Workload) -> dict[str, list[float]]:
     """Seconds that each commit holds the loop up, by store: all but the copy of the state is background."""
     results = {}
     for store in STORES:
-        with _output(store) as (output, environment):
+        with output_in(store) as (output, environment):
             options = ["--data", "sample", "--output", output, "--epochs", str(COMMIT_EPOCHS)]
+            options += ["--commit-every", "1epoch"]
             told = _probe("commits", workload, options, **environment)
             results[store] = list(told["blocked_seconds"])
     return results
 
 
 @contextmanager
-def _output(store: str) -> Iterator[tuple[str, dict[str, str]]]:
+def output_in(store: str) -> Iterator[tuple[str, dict[str, str]]]:
     """A place for runs, and the environment in which it is found: the bucket is a server on loopback."""
     if store == "folder":
         with tempfile.TemporaryDirectory() as folder:

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from job import cli
+from job.cli import commands
 from tests.benchmarks.turns import STARTED
 
 
@@ -36,7 +37,7 @@ def end_after_first_step(training: Any, out: Any) -> None:
 
 
 def time_commits(training: Any, out: Any) -> None:
-    commit, result = training.Attempt._commit, training.Attempt._result
+    commit, finish = training.Attempt._commit, training.Attempt._finish
     seconds: list[float] = []
 
     @functools.wraps(commit)
@@ -45,12 +46,12 @@ def time_commits(training: Any, out: Any) -> None:
         commit(*arguments, **options)
         seconds.append(time.perf_counter() - started)
 
-    @functools.wraps(result)
+    @functools.wraps(finish)
     def told(*arguments: Any) -> Any:
         print(json.dumps({"blocked_seconds": seconds}), file=out, flush=True)
-        return result(*arguments)
+        return finish(*arguments)
 
-    training.Attempt._commit, training.Attempt._result = watched, told
+    training.Attempt._commit, training.Attempt._finish = watched, told
 
 
 PROBES = {"first-step": end_after_first_step, "commits": time_commits}
@@ -60,14 +61,14 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     probe = PROBES[sys.argv.pop(1)]
-    original = cli._import_training
+    original = commands.import_run
 
     def importing(*arguments: Any, **options: Any) -> Any:
-        training = original(*arguments, **options)
-        probe(training, out)
-        return training
+        run = original(*arguments, **options)
+        probe(run.attempt, out)
+        return run
 
-    cli._import_training = importing
+    commands.import_run = importing
     cli.main()
 
 

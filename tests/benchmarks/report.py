@@ -10,6 +10,7 @@ from tests.benchmarks.harness import Player
 
 EPOCH_IMAGES = 50_000  # of CIFAR-10 that train
 TEST_IMAGES = 10_000  # and that validate after each epoch
+FIRST_STEPS = ("begins", "is_done", "resumed", "bare")  # what is measured of a start
 NOTHING = "-"  # where there is no number
 
 Values = dict[str, Any]
@@ -40,6 +41,7 @@ def workload_report(
     evaluation: list[Player],
     first_steps: Values | None,
     commits: dict[str, list[float]] | None,
+    killed: list[Values] | None = None,
 ) -> Values:
     """All about a workload, as the JSON file holds it."""
     report: Values = {
@@ -49,11 +51,12 @@ def workload_report(
         "evaluation": rows(evaluation),
         "first_step": None,
         "commits": None,
+        "goodput": killed or [],
     }
     if first_steps:
         report["first_step"] = {
             **first_steps,
-            **{f"{key}_seconds": spread(first_steps[key]) for key in ("begins", "is_done")},
+            **{f"{key}_seconds": spread(first_steps[key]) for key in FIRST_STEPS},
         }
     if commits:
         epoch = _epoch_seconds(report)
@@ -108,18 +111,49 @@ def _cells(row: Values) -> list[str]:
     ]
 
 
+KILLED_COLUMNS = (
+    "trains to its end",
+    "signals",
+    "of them",
+    "finished",
+    "wall time",
+    "/ undisturbed",
+    "steps again",
+    "same weights",
+    "goodput by its own account",
+)
+
+
+def _killed_cells(row: Values) -> list[str]:
+    if row["not_run"]:
+        return [row["label"], f"not run: {row['not_run']}", *[NOTHING] * 7]
+    return [
+        row["label"],
+        row["schedule"],
+        str(row["signals"]),
+        "yes" if row["finished"] else "no",
+        f"{row['seconds']:.0f} s",
+        _number(row["ratio"], ".2f"),
+        _number(row["steps_repeated"], "d"),
+        {None: NOTHING, True: "yes", False: "no"}[row["same_weights"]],
+        _number(row["account"] and row["account"]["goodput"], ".1%"),
+    ]
+
+
 def _number(value: float | None, format: str, unit: str = "") -> str:
     return NOTHING if value is None else f"{value:{format}}{unit}"
 
 
 def markdown(report: Values) -> str:
-    """The whole report as the README shows it."""
+    """The whole report as docs/benchmark.md shows it."""
     parts = [_conditions(report)]
     for workload in report["workloads"]:
         parts.append(f"**{workload['title']}**")
         for part, name in (("training", "trains"), ("evaluation", "evaluates")):
             if workload[part]:
                 parts.append(_table((name, *COLUMNS[1:]), [_cells(row) for row in workload[part]]))
+        if workload["goodput"]:
+            parts.append(_table(KILLED_COLUMNS, [_killed_cells(row) for row in workload["goodput"]]))
         if notes := _notes(workload):
             parts.append("\n".join(notes))
     if report["help_seconds"]:
@@ -153,7 +187,9 @@ def _notes(workload: Values) -> list[str]:
         notes.append(
             f"- By the command line, with data `{first['data']}`: the first training step begins after "
             f"{_seconds(first['begins_seconds'], '.1f')} and is done, traced and all, after "
-            f"{_seconds(first['is_done_seconds'], '.1f')}."
+            f"{_seconds(first['is_done_seconds'], '.1f')}; of a run that continues, after "
+            f"{_seconds(first['resumed_seconds'], '.1f')}. Imports, the network and one batch in Keras alone "
+            f"take {_seconds(first['bare_seconds'], '.1f')}."
         )
     for store, values in (workload["commits"] or {}).items():
         share = values["share_of_epoch"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from job import trainer
+from job.engine import prediction
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import contenders, job_worker, report
 from tests.benchmarks.contenders import Contender, Machine, Workload
@@ -78,7 +78,13 @@ def test_a_commits_share_is_that_of_an_epoch_with_its_evaluation() -> None:
         TINY,
         training=[player("job", (500, 1.0))],
         evaluation=[player("job", (1000, 1.0))],
-        first_steps={"data": "sample", "begins": [3.0, 1.0, 2.0], "is_done": [4.0]},
+        first_steps={
+            "data": "sample",
+            "begins": [3.0, 1.0, 2.0],
+            "is_done": [4.0],
+            "resumed": [5.0],
+            "bare": [3.5],
+        },
         commits={"folder": [0.9, 1.1, 1.9]},
     )
     assert values["first_step"]["begins_seconds"] == {"median": 2.0, "min": 1.0, "max": 3.0}
@@ -115,10 +121,10 @@ def test_one_gpu_is_not_shared() -> None:
 
 
 def test_all_evaluate_as_many_images_at_a_time_as_the_job() -> None:
-    assert contenders.EVALUATION_BATCH == trainer.EVALUATION_BATCH
+    assert contenders.EVALUATION_BATCH == prediction.EVALUATION_BATCH
     everyone = contenders.evaluators(contenders.contenders(NEWER_CPU, torch=True))
     assert {"torch-bfloat16", "keras-xla-off-bfloat16", "job-float32"} <= {one.name for one in everyone}
-    assert {one.options[-2:] for one in everyone} == {("--batch-size", str(trainer.EVALUATION_BATCH))}
+    assert {one.options[-2:] for one in everyone} == {("--batch-size", str(prediction.EVALUATION_BATCH))}
 
 
 @pytest.mark.parametrize(("index", "expected"), [(0, {0, 5}), (1, {2, 7})])
@@ -296,6 +302,8 @@ def test_the_other_contenders_and_measures_work(tmp_path: Path) -> None:
     assert {row["name"] for row in values["evaluation"] if row["speed"]} >= {"keras", "job"}
     first = values["first_step"]
     assert all(0 < begins < done for begins, done in zip(first["begins"], first["is_done"], strict=True))
+    assert len(first["resumed"]) == len(first["bare"]) == 3
+    assert min(first["resumed"] + first["bare"]) > 1
     for store in ("folder", "bucket"):
         assert len(values["commits"][store]["blocked_seconds"]) == 3
         assert 0 < values["commits"][store]["share_of_epoch"] < 1

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.records import newest_record
+
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / "build" / "screenshots"  # for a person to look at
 SEEDS = ("0", "1")
@@ -48,7 +50,7 @@ class Run:
 
     def accuracies(self, split: str) -> list[float]:
         """Accuracy of each epoch."""
-        return [entry[split]["accuracy"] for entry in self.json("record.json")["history"]]
+        return [entry[split]["accuracy"] for entry in newest_record(self.folder)["history"]]
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +90,7 @@ def address(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def address_in(log: str) -> str | None:
-    found = re.search(r"http://127\.0\.0\.1:\d+/\S*", log)
+    found = re.search(r"http://127\.0\.0\.1:\d+/", log)
     return found and found[0]
 
 
@@ -97,15 +99,11 @@ def serves(log: Path, runs: list[Run]) -> bool:
     address = address_in(log.read_text())
     if address is None:
         return False
-    server = address.partition("#")[0]
     try:
-        shown = {plugin: get(f"{server}data/plugin/{plugin}/tags") for plugin in ("scalars", "images")}
+        shown = {plugin: get(f"{address}data/plugin/{plugin}/tags") for plugin in ("scalars", "images")}
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
-    return all(
-        shown["images"].get(f"{run.name}/validation") and shown["scalars"].get(f"{run.name}/train")
-        for run in runs
-    )
+    return all(shown["images"].get(run.name) and shown["scalars"].get(f"{run.name}/train") for run in runs)
 
 
 def get(address: str) -> Any:

@@ -15,7 +15,10 @@ from tests.browser.conftest import MODELS, SEEDS, Run
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]  # seconds; a busy machine trains slowly
 
-SPLITS = ("train", "validation")
+METRICS = ("train.epoch_accuracy", "epoch_accuracy")  # as the hyperparameter table calls them
+GROUPS = {"train": "/train", "validation": ""}  # a split, and what its entry has behind the run's name
+
+CUSTOM = "#custom_scalars&_smoothingWeight=0"  # one chart for all runs, unsmoothed
 
 Line = list[tuple[float, float]]
 
@@ -75,14 +78,38 @@ def values_under_pointer(page: Page, card: Locator) -> dict[str, float]:
     return {name: float(value) for _, name, _, value, *_ in cells}
 
 
-def test_it_opens_on_one_chart_with_the_curves_of_both_networks(
+def test_the_bare_address_opens_on_the_accuracy_of_both_networks(
     page: Page, address: str, runs: Sequence[Run]
 ) -> None:
+    """First the accuracy, then the loss, both unfolded; each run has one entry for each of its curves."""
     page.goto(address)
+    cards = page.locator("metrics-card-groups card-view")
+    expect(cards.first).to_be_visible()
+    titles = page.locator("metrics-card-groups .group-title")
+    settles(page, lambda: titles.all_text_contents()[:2], ["epoch_accuracy", "epoch_loss"])
+    expect(cards.first).to_contain_text("epoch_accuracy")
+    first = cards.first.bounding_box()
+    assert first is not None
+    assert first["y"] + first["height"] < 1080  # the viewport: nobody has to scroll
+    listed = page.locator("runs-data-table tb-data-table-content-row, runs-data-table .run-name-column")
+    names = {f"{run.name}{group}" for run in runs for group in GROUPS.values()}
+    settles(page, lambda: page_texts(page, names), names)
+    expect(listed).not_to_have_count(0)
+
+
+def page_texts(page: Page, names: set[str]) -> set[str]:
+    """Which of these names stand in the list of runs."""
+    return {name for name in names if page.get_by_text(name, exact=True).count()}
+
+
+def test_one_chart_has_the_curves_of_both_networks(page: Page, address: str, runs: Sequence[Run]) -> None:
+    page.goto(address + CUSTOM)
     expect(page.get_by_text("ResNet and PlainNet", exact=True)).to_be_visible()
     accuracy = chart(page, "Accuracy")
-    curves = len(runs) * len(SPLITS)
+    curves = len(runs) * len(GROUPS)
     epochs = len(runs[0].accuracies("train"))
+    # What TensorBoard takes for an outlier leaves the chart, and its line is cut there.
+    page.get_by_text("Ignore outliers in chart scaling").first.click()
 
     for title, count in (("Accuracy", curves), ("Loss", curves), ("Images per second", len(runs))):
         lines = partial(drawn, chart(page, title))
@@ -90,19 +117,20 @@ def test_it_opens_on_one_chart_with_the_curves_of_both_networks(
         settles(page, partial(distinct, lines), count)  # none hides another
 
     expected = {
-        f"epoch_accuracy ({run.name}/{split})": run.accuracies(split)[-1] for run in runs for split in SPLITS
+        f"epoch_accuracy ({run.name}{group})": run.accuracies(split)[-1]
+        for run in runs
+        for split, group in GROUPS.items()
     }
     assert all(sum(f"({model}" in name for name in expected) == 2 * len(SEEDS) for model in MODELS)
     three_digits = pytest.approx(expected, abs=0.0006)
-    # What TensorBoard takes for an outlier leaves the chart, and the tooltip with it.
-    page.get_by_text("Ignore outliers in chart scaling").first.click()
     settles(page, lambda: values_under_pointer(page, accuracy), three_digits)
 
 
 def test_the_lines_rise_where_the_accuracy_does(page: Page, address: str, runs: Sequence[Run]) -> None:
     """A line's height follows its values, so what is drawn is the accuracy and not its smoothed shadow."""
-    page.goto(address)
-    gains = sorted(run.accuracies(split)[-1] - run.accuracies(split)[0] for run in runs for split in SPLITS)
+    page.goto(address + CUSTOM)
+    page.get_by_text("Ignore outliers in chart scaling").first.click()
+    gains = sorted(run.accuracies(split)[-1] - run.accuracies(split)[0] for run in runs for split in GROUPS)
     card = chart(page, "Accuracy")
 
     def rises() -> list[float]:
@@ -133,11 +161,11 @@ def rows(page: Page) -> list[dict[str, str]]:
 def test_the_hyperparameter_table_has_a_row_for_every_run(
     page: Page, address: str, runs: Sequence[Run]
 ) -> None:
-    page.goto(address.partition("#")[0] + "#hparams")
+    page.goto(address + "#hparams")
     expect(page.locator("vaadin-grid-cell-content").get_by_text(runs[-1].name)).to_be_visible()
 
     def shown() -> list[tuple[str, str, float, float, float]]:
-        numbers = ("seed", *(f"{split}.epoch_accuracy" for split in SPLITS))
+        numbers = ("seed", *METRICS)
         return [
             (row["Trial ID"], row["model"], *(float(row[title]) for title in numbers))  # type: ignore[misc]
             for row in rows(page)
@@ -148,7 +176,7 @@ def test_the_hyperparameter_table_has_a_row_for_every_run(
             run.name,
             run.identity["model"],
             run.identity["seed"],
-            *(run.accuracies(split)[-1] for split in SPLITS),
+            *(run.accuracies(split)[-1] for split in GROUPS),
         )
         for run in runs
     ]
@@ -156,10 +184,14 @@ def test_the_hyperparameter_table_has_a_row_for_every_run(
 
 
 def test_sample_grids_and_confusion_matrices_are_shown(page: Page, address: str, runs: Sequence[Run]) -> None:
-    page.goto(address.partition("#")[0] + "#images")
+    page.goto(address + "#images")
     for tag, split in (("confusion_matrix", "validation"), ("samples", "train")):
         for run in runs:
-            card = page.locator("tf-image-loader").filter(has_text=tag).filter(has_text=f"{run.name}/{split}")
+            card = (
+                page.locator("tf-image-loader")
+                .filter(has_text=tag)
+                .filter(has_text=re.compile(f"{run.name}{GROUPS[split]}(?!/)"))
+            )
             expect(card).to_have_count(1)
             picture = card.locator("img")
             expect(picture).to_be_visible()
@@ -169,7 +201,7 @@ def test_sample_grids_and_confusion_matrices_are_shown(page: Page, address: str,
 def test_the_graph_shows_the_stages_and_the_skip_connection(
     page: Page, address: str, runs: Sequence[Run]
 ) -> None:
-    page.goto(address.partition("#")[0] + "#graphs")
+    page.goto(address + "#graphs")
     nodes = page.locator("tf-graph-scene g.node")
     of_first_graph = nodes.filter(has_text="stem").element_handle()  # a graph that arrives closes the menu
     page.locator("paper-dropdown-menu").first.click()

@@ -16,6 +16,7 @@ import pytest
 
 from tests.container import engine as podman
 from tests.container.engine import ROOT, USER, Engine
+from tests.records import newest_record
 
 NAME = "localhost/cifar-residual-job-test"
 TINY = ("--data", "sample", "--blocks", "1,1,1", "--filters", "8")
@@ -115,7 +116,7 @@ class Run:
 
     def outcome(self) -> dict[str, Any]:
         """All numbers of the result and the history that do not measure time or memory."""
-        result, history = self.json("result.json"), self.json("record.json")["history"]
+        result, history = self.json("result.json"), newest_record(self.folder)["history"]
         kept = {key: result[key] for key in ("train", "validation", "test", "confusion", "steps", "epochs")}
         scalars = [
             (

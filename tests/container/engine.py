@@ -178,7 +178,7 @@ def build_arguments() -> list[str]:
         "--network=host",
         f"--build-arg=BASE_IMAGE={base_image()}",
         f"--build-arg=TENSORBOARD_BASE_IMAGE={base_image()}",
-        "--build-arg=REQUIREMENTS=requirements-cpu.lock",
+        "--build-arg=REQUIREMENTS=requirements/cpu.lock",
         f"--secret=id=pip_conf,src={CACHE}/pip.conf",
         *([f"--secret=id=ca_bundle,src={AUTHORITIES}"] if AUTHORITIES.exists() else []),
     ]
@@ -211,8 +211,9 @@ def context_of(folder: Path) -> Path:
     """Copy into ``folder`` all that a build reads."""
     for name in ("Dockerfile", ".dockerignore", "LICENSE", "NOTICE"):
         shutil.copy2(ROOT / name, folder / name)
-    for lock in ROOT.glob("requirements-*.lock"):
-        shutil.copy2(lock, folder / lock.name)
+    for lock in ROOT.glob("requirements/*.lock"):
+        (folder / "requirements").mkdir(exist_ok=True)
+        shutil.copy2(lock, folder / "requirements" / lock.name)
     shutil.copytree(ROOT / "job", folder / "job", ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 

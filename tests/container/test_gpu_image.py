@@ -24,7 +24,7 @@ IMAGE = "localhost/cifar-residual-job-test-gpu:1"
 @pytest.fixture(scope="module")
 def image(engine: Engine, figures: list[str]) -> Iterator[str]:
     built, seconds = podman.build(
-        engine, ROOT, IMAGE, "--build-arg=REQUIREMENTS=requirements-gpu.lock"
+        engine, ROOT, IMAGE, "--build-arg=REQUIREMENTS=requirements/gpu.lock"
     )  # the later of two values counts
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
     figures.append(f"the GPU's image built in {seconds:.1f} s")

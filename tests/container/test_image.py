@@ -137,6 +137,7 @@ def test_labels_and_configuration(engine: Engine, images: Images, which: str) ->
     assert configuration["User"] == f"{USER}:{USER}"
     caching = 'FSSPEC_GCS={"use_listings_cache": false}'  # of gs:// listings, which is for ever
     assert (caching in configuration["Env"]) == (which == "tensorboard")
+    assert (f"JOB_REVISION={images.revision}" in configuration["Env"]) == (which == "job")
     assert configuration["Entrypoint"][0] in ("python", "tensorboard")  # no shell between
 
 

@@ -172,11 +172,12 @@ def test_that_there_is_no_gpu_is_said(house: House) -> None:
     [
         ("sample", (["JOB_DATA=sample"], [])),
         ("gs://bucket/cifar", (["JOB_DATA=gs://bucket/cifar"], [])),
-        ("{folder}/a b.tar.gz", (["JOB_DATA=/data.tar.gz"], ["{folder}/a b.tar.gz:/data.tar.gz:ro"])),
+        ("{folder}/a b.TAR", (["JOB_DATA=/archive"], ["{folder}/a b.TAR:/archive:ro"])),
         ("{folder}/my data", ([], ["{folder}/my data:/data"])),
     ],
 )
 def test_where_the_data_comes_from(house: House, data: str, expected: tuple[list[str], list[str]]) -> None:
+    (house.folder / "a b.TAR").touch()
     call = house.run("MODEL=resnet", f"DATA={data.format(folder=house.folder)}")
     environment, mounts = expected
     assert values(call, "--env") == environment

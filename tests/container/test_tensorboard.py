@@ -18,6 +18,7 @@ import pytest
 from tests.container.conftest import EPOCHS, PLAINNET, TINY, Images, Trained
 from tests.container.engine import STRICT, Engine
 from tests.gcs_server import Gateway
+from tests.records import newest_record
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
 
@@ -79,23 +80,20 @@ def board(engine: Engine, image: str, *arguments: str, options: tuple[str, ...] 
 
 def test_two_runs_of_a_mounted_folder(engine: Engine, images: Images, trained: Trained) -> None:
     resnet, plainnet = trained.resnet, trained.plainnet
-    expected = {
-        f"{run.folder.name}/{split}" for run in (resnet, plainnet) for split in ("train", "validation")
-    }
+    expected = {name for run in (resnet, plainnet) for name in curves_of(run.folder.name).values()}
     mount = f"--volume={resnet.folder.parent}:/runs:ro"
     with board(engine, images.tensorboard, options=(mount,)) as shown:
         shown.wait(shown.runs, expected.issubset)
         for run in (resnet, plainnet):
-            history = run.json("record.json")["history"]
-            for split in ("train", "validation"):
-                name = f"{run.folder.name}/{split}"
+            history = newest_record(run.folder)["history"]
+            for split, name in curves_of(run.folder.name).items():
                 accuracies = [entry[split]["accuracy"] for entry in history]
                 values = shown.wait(
                     lambda name=name: shown.values(name, "epoch_accuracy"),  # type: ignore[misc]
                     lambda values, history=history: len(values) == len(history),  # type: ignore[misc]
                 )
                 assert values == pytest.approx(accuracies, rel=1e-6)
-    assert len(resnet.json("record.json")["history"]) == EPOCHS
+    assert len(newest_record(resnet.folder)["history"]) == EPOCHS
 
 
 def test_a_bucket_is_shown_live_while_the_job_writes_to_it(
@@ -118,14 +116,19 @@ def test_a_bucket_is_shown_live_while_the_job_writes_to_it(
     with board(engine, images.tensorboard, f"--logdir={runs}", options=(store, anonymous)) as shown:
         (first,) = shown.wait(lambda: trains_of(shown.runs()), lambda names: len(names) == 1)
         assert first.startswith("resnet8-")
-        shown.wait(lambda: shown.steps(first, "epoch_loss"), lambda steps: steps == [0])
+        shown.wait(lambda: shown.steps(first, "epoch_loss"), lambda steps: steps == [1])
         train(*resnet, "--epochs", "2")
-        shown.wait(lambda: shown.steps(first, "epoch_loss"), lambda steps: steps == [0, 1])
+        shown.wait(lambda: shown.steps(first, "epoch_loss"), lambda steps: steps == [1, 2])
         train(*PLAINNET)
         names = shown.wait(lambda: trains_of(shown.runs()), lambda names: len(names) == 2)
         (second,) = names - {first}
         assert second.startswith("plainnet8-")
-        shown.wait(lambda: shown.steps(second, "epoch_loss"), lambda steps: steps == [0])
+        shown.wait(lambda: shown.steps(second, "epoch_loss"), lambda steps: steps == [1])
+
+
+def curves_of(run: str) -> dict[str, str]:
+    """The name under which TensorBoard lists each curve of a run."""
+    return {"validation": run, "train": f"{run}/train"}
 
 
 def trains_of(names: set[str]) -> set[str]:

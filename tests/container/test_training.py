@@ -21,6 +21,7 @@ from tests.container.conftest import (
     owned,
 )
 from tests.container.engine import OFFLINE, USER, Engine
+from tests.records import newest_record
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
 
@@ -72,9 +73,10 @@ def test_a_resnet_is_trained_and_everything_is_where_and_whose_it_was_promised(
     assert (result["model"], result["layers"]) == ("resnet", 8)
     assert (result["epochs"], result["steps"]) == (EPOCHS, EPOCHS * STEPS_PER_EPOCH)
     assert result["train"]["accuracy"] > 0.3
-    assert run.json("record.json")["state"] == "complete"
-    for name in ("config.json", "model.keras", "train", "validation", "checkpoints"):
+    assert newest_record(run.folder)["state"] == "complete"
+    for name in ("config.json", "model.keras", "train", "checkpoints"):
         assert (run.folder / name).exists(), name
+    assert list(run.folder.glob("events.out.tfevents.*")), "no validation curves"
     everything = [run.folder, *run.folder.rglob("*")]
     assert {(path.stat().st_uid, path.stat().st_gid) for path in everything} == {(USER, USER)}
 
@@ -97,7 +99,7 @@ def test_evaluate_agrees_with_the_result(engine: Engine, images: Images, trained
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("train", "--epochs", "none"), 2, "must be a whole number, not 'none'"),
+        (("train", "--epochs", "none"), 2, "'none' is not a valid integer"),
         (("train", "--data", "/data/missing"), 66, "/data/missing does not exist"),
         (("train", *TINY, "--require-gpu"), 69, "--require-gpu: TensorFlow sees no GPU"),
         (("evaluate", "missing", "--data", "sample"), 66, "missing"),
@@ -134,7 +136,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(
     log = engine("logs", container).stderr
     assert engine.exit_code(container) == (75 if way == "stop" else 137), log
     run = only_run(runs)
-    record = run.json("record.json")
+    record = newest_record(run.folder)
     steps_committed = record["commits"][0]["progress"]["step"]
     assert 3 * STEPS_PER_EPOCH <= steps_committed < EPOCHS * STEPS_PER_EPOCH
     assert record["state"] == ("interrupted" if way == "stop" else "running")
@@ -143,7 +145,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(
     resumed = engine.run(images.job, *RESNET, runs=runs)
     assert resumed.returncode == 0, resumed.stderr
     assert f"continuing from step {steps_committed}" in resumed.stderr
-    assert run.json("record.json")["attempt"] == 2
+    assert newest_record(run.folder)["attempt"] == 2
     assert run.outcome() == trained.resnet.outcome()
     assert_same_weights_and_optimizer(run, trained.resnet)
 
@@ -152,8 +154,8 @@ def wait_for_epochs(engine: Engine, container: str, runs: Path, epochs: int) -> 
     """Wait until a container has committed so many epochs."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
-        for record in runs.glob("*/record.json"):
-            if len(json.loads(record.read_text())["history"]) >= epochs:
+        for folder in {record.parent for record in runs.glob("*/record-*.json")}:
+            if len(newest_record(folder)["history"]) >= epochs:
                 return
         running = engine("inspect", "--format", "{{.State.Running}}", container).stdout.strip()
         assert running == "true", engine("logs", container).stderr
@@ -163,9 +165,12 @@ def wait_for_epochs(engine: Engine, container: str, runs: Path, epochs: int) -> 
 
 def assert_same_weights_and_optimizer(run: Run, other: Run) -> None:
     """Bit for bit, in the final models of two runs."""
-    from job import portable
+    import keras
 
-    one, two = (portable.load(path.folder / "model.keras") for path in (run, other))
+    from job.model import keras_file
+
+    models = [keras.saving.load_model(path.folder / "model.keras") for path in (run, other)]
+    one, two = map(keras_file.state_of, models)
     assert one.optimizer[0] == EPOCHS * STEPS_PER_EPOCH  # Keras's count of iterations: a real optimizer state
     assert len(one.weights) > 20
     for mine, theirs in zip([*one.weights, *one.optimizer], [*two.weights, *two.optimizer], strict=True):

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
-from job.storage import Store, join, open_store
+from job.store.contract import Store
+from job.store.location import join, open_store
 from tests.durability.jobs import TRAINING, Job, Nursery
 from tests.durability.outcome import Outcome, outcome
+from tests.gcs_server import Gateway
+
+OUTAGE_DEADLINE_SECONDS = 3.0  # of each call to a bucket that is out, instead of a minute
 
 
 @dataclass
@@ -25,7 +29,7 @@ class Place:
     store: Store
 
     def start(self, *options: str, cold: bool = False, **spec: Any) -> Job:
-        """Start an attempt; ``point``, ``count`` and ``stuck`` are the driver's."""
+        """Start an attempt; ``spec`` is the driver's: ``point``, ``count``, ``stuck``, ``eio``, ``gcs``."""
         arguments = (*TRAINING, "--output", self.output, *options)
         return self.nursery.start(*arguments, cwd=self.folder, spec=spec, cold=cold)
 
@@ -40,6 +44,25 @@ class Place:
         job = self.start(*options)
         assert job.wait() == 0, job.text
         return job
+
+    @contextlib.contextmanager
+    def losing_an_answer(self, server: Gateway | None, *, eio: int = 1000) -> Iterator[Job]:
+        """Stop an attempt before its third revision, which will be stored, but whose answer will be lost.
+
+        Storage is out from then on: a bucket as long as this context lasts, a folder for the next ``eio``
+        times that it should be made durable (no disk fails on demand: the driver answers in its place).
+        """
+        job = self.stopped_at("append", 3, eio=eio, gcs={"deadline_seconds": OUTAGE_DEADLINE_SECONDS})
+        if server is None:
+            yield job
+            return
+        lost = server.inject("lose", "upload")
+        outage = server.inject("status", "any", status=503, times=10_000, skip=1)
+        try:
+            yield job
+        finally:
+            outage.times = 0
+        assert lost.times == 0
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +99,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, place_in: Callable[[st
     if request.param == "local":
         return place_in(str(tmp_path / "runs"))
     return place_in(request.getfixturevalue("gcs_bucket") + "/runs")
+
+
+@pytest.fixture
+def server(place: Place, request: pytest.FixtureRequest) -> Gateway | None:
+    """The server of a place in a bucket."""
+    if not place.output.startswith("gs://"):
+        return None
+    gateway: Gateway = request.getfixturevalue("gcs_server")
+    return gateway

@@ -11,8 +11,8 @@ reads, which saves seconds for each of many processes. A fork is safe because no
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import errno
 import functools
 import json
 import os
@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,7 @@ class Stop:
         self._left = spec.get("count", 1)
         self._stuck = spec.get("stuck", False)
         self._lock = threading.Lock()
-        # Held with the store's lock of a folder. Who is frozen with that lock keeps a newer attempt out, and
-        # exit code 74 names it; the points are meant to be others.
-        self.calm = threading.RLock()
+        self.reached = False
         self.half_uploaded = True  # false in an upload that has not been stopped half-way yet
 
     def at_half_upload(self) -> None:
@@ -52,11 +50,11 @@ class Stop:
             return
         with self._lock:
             self._left -= 1
-            reached = self._left == 0
-        if reached:
-            with self.calm:
-                # To this thread, which then cannot go on before the whole process has stopped.
-                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+            stops_here = self._left == 0
+        if stops_here:
+            self.reached = True
+            # To this thread, which then cannot go on before the whole process has stopped.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
             if self._stuck:
                 hang_in_native_code()
 
@@ -74,49 +72,54 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
     setattr(owner, name, functools.wraps(inner)(lambda *a, **k: around(inner, *a, **k)))
 
 
-def install(stop: Stop) -> None:
+def install(spec: dict[str, Any]) -> None:
     """Wrap the stores, the loop and the checkpoint's writer."""
-    from job import cifar10, cluster, gcs, portable, storage, training
-    from job.checkpoints import Claim
-    from job.storage import LocalStore
-    from job.trainer import Trainer
+    stop = Stop(spec)
+    from job.data import sources
+    from job.engine import worker_group
+    from job.engine.training_step import Trainer
+    from job.model import keras_file
+    from job.run import chief, loop
+    from job.store.exclusive import Names
+    from job.store.gcs import GcsStore
+    from job.store.local import LocalStore
 
-    training.CALL_SECONDS = CALL_SECONDS
+    loop.CALL_SECONDS = CALL_SECONDS
     around = functools.partial(_around, stop)
-    wrap(cifar10, "load", around("load", "loaded"))
-    wrap(cluster, "_meet", around("meet", "met"))
-    wrap(cluster, "_unreachable", around("look", "looked"))
-    wrap(Claim, "claim", around("claim", "claimed"))
+    wrap(sources, "load", around("load", "loaded"))
+    wrap(worker_group, "meet", around("meet", "met"))
+    wrap(worker_group, "unreachable", around("look", "looked"))
+    wrap(chief, "claim", around("claim", "claimed"))
     wrap(Trainer, "train_steps", around("call", "called"))
     wrap(Trainer, "predict", around("predict", "predicted"))
-    wrap(portable, "save", functools.partial(_half_written, stop))
-    for store in (LocalStore, gcs.GcsStore):
-        wrap(store, "swap", functools.partial(_swap, stop))
+    wrap(keras_file, "save", functools.partial(_half_written, stop))
+    for store in (LocalStore, GcsStore):
         wrap(store, "create", functools.partial(_create, stop))
         wrap(store, "upload", functools.partial(_upload, stop))
         wrap(store, "copy", around("copy", "copied"))
+        wrap(store, "replace", around("result", "result created"))
         wrap(store, "delete", around("delete", "deleted"))
-    wrap(storage, "locked", functools.partial(_locked, stop))
-    wrap(LocalStore, "_publish", functools.partial(_half_published, stop))
-    _half_sent(stop)
+    wrap(Names, "give", functools.partial(_half_published, stop))
+    _half_sent(stop, spec.get("gcs", {}))
+    wrap(os, "fsync", functools.partial(_fail_to_sync, stop, [None] * spec.get("eio", 0)))
 
 
 def install_clock() -> None:
-    """Print how long the loop is blocked by each commit, and what each step takes."""
-    from job import training
-    from job.trainer import Trainer
+    """Print how long the loop is blocked by each commit, and what each step takes and how many a call has."""
+    from job.engine.training_step import Trainer
+    from job.run import attempt
 
     def timed(name: str) -> Callable[..., Any]:
         def run(inner: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
             started = time.perf_counter()
             answer = inner(*arguments, **options)
             steps = len(arguments[2]) if name == "step" else 1
-            print(f"clock {name} {(time.perf_counter() - started) / steps:.6f}", flush=True)
+            print(f"clock {name} {(time.perf_counter() - started) / steps:.6f} {steps}", flush=True)
             return answer
 
         return run
 
-    wrap(training.Attempt, "_commit", timed("commit"))
+    wrap(attempt.Attempt, "_commit", timed("commit"))
     wrap(Trainer, "train_steps", timed("step"))
 
 
@@ -130,14 +133,6 @@ def _around(stop: Stop, before: str, after: str) -> Callable[..., Any]:
     return run
 
 
-def _swap(stop: Stop, inner: Callable[..., Any], store: Any, name: str, data: bytes, expected: Any) -> Any:
-    last = json.loads(data)["state"] == "complete"
-    stop.at("last swap" if last else "swap")
-    answer = inner(store, name, data, expected)
-    stop.at("last swapped" if last else "swapped")
-    return answer
-
-
 def _upload(stop: Stop, inner: Callable[..., Any], store: Any, name: str, path: Path) -> Any:
     stop.at("upload")
     stop.half_uploaded = False
@@ -147,10 +142,18 @@ def _upload(stop: Stop, inner: Callable[..., Any], store: Any, name: str, path: 
 
 
 def _create(stop: Stop, inner: Callable[..., Any], store: Any, name: str, data: bytes) -> None:
-    kind = "segment" if "tfevents" in name else "config" if name == "config.json" else "result"
-    stop.at(kind)
+    before, after = _points_of(name, data)
+    stop.at(before)
     inner(store, name, data)
-    stop.at(f"{kind} created")
+    stop.at(after)
+
+
+def _points_of(name: str, data: bytes) -> tuple[str, str]:
+    if not name.startswith("record-"):
+        kind = "segment" if "tfevents" in name else "config"
+        return kind, f"{kind} created"
+    last = "last " if json.loads(data)["state"] == "complete" else ""
+    return f"{last}append", f"{last}appended"
 
 
 def _half_written(stop: Stop, inner: Callable[..., Any], twin: Any, state: Any, path: Path) -> None:
@@ -162,76 +165,84 @@ def _half_written(stop: Stop, inner: Callable[..., Any], twin: Any, state: Any, 
     path.write_bytes(whole)
 
 
-def _half_published(
-    stop: Stop, inner: Callable[..., Any], store: Any, source: Path, target: Path, **rest: Any
-) -> None:
-    inner(store, source, target, **rest)  # linked; the staged file is still there
+def _half_published(stop: Stop, inner: Callable[..., bool], names: Any, part: Path, target: Path) -> bool:
+    given = inner(names, part, target)  # linked; the unfinished name is still there
     if target.parent.name == "checkpoints":
         stop.at_half_upload()
+    return given
 
 
-@contextlib.contextmanager
-def _locked(stop: Stop, inner: Callable[..., Any], *arguments: Any) -> Iterator[None]:
-    with stop.calm, inner(*arguments):
-        yield
+def _fail_to_sync(stop: Stop, left: list[None], inner: Callable[..., None], descriptor: int) -> None:
+    """From the point on, the record's folder fails so many times, as on a bad disk: its names are there."""
+    path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    if stop.reached and left and (path / "config.json").exists():
+        left.pop()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    inner(descriptor)
 
 
-def _half_sent(stop: Stop) -> None:
-    """Send what is larger than one chunk in several requests, and stop between the first and the second."""
+def _half_sent(stop: Stop, options: dict[str, Any]) -> None:
+    """Send what is larger than one chunk in several requests, and stop between the first and the second.
+
+    ``options`` are the store's.
+    """
     from google.cloud.storage import blob
     from google.cloud.storage._media import _upload
 
-    from job import gcs
+    from job.store import gcs
+    from job.store.gcs_call import Stream
 
     # GCS itself takes multiples of 256 KiB only, and so does its client.
     blob.Blob._CHUNK_SIZE_MULTIPLE = _upload.UPLOAD_CHUNK_SIZE = CHUNK_BYTES
     gcs.LARGEST_SINGLE_BYTES = blob._MAX_MULTIPART_SIZE = CHUNK_BYTES
-    wrap(gcs.GcsStore, "__init__", lambda inner, *a, **k: inner(*a, **{"chunk_bytes": CHUNK_BYTES, **k}))
+    options = {"chunk_bytes": CHUNK_BYTES, **options}
+    wrap(gcs.GcsStore, "__init__", lambda inner, *a, **k: inner(*a, **options, **k))
 
     def read(inner: Callable[..., bytes], source: Any, size: int = -1) -> bytes:
         if source.tell() > 0:
             stop.at_half_upload()
         return inner(source, size)
 
-    wrap(gcs._Source, "read", read)
+    wrap(Stream, "read", read)
 
 
 def wait_for_peers(**seconds: float) -> None:
     """Replace constants of how long a worker waits for its peers."""
-    from job import cluster
+    from job.engine import worker_group
 
     for name, value in seconds.items():
-        assert hasattr(cluster, name)
-        setattr(cluster, name, value)
+        assert hasattr(worker_group, name)
+        setattr(worker_group, name, value)
 
 
 def run(spec: dict[str, Any], arguments: list[str]) -> None:
     """Be the job. Never returns."""
-    from job import cli
+    from job import __main__ as program
+    from job.cli import commands
 
     sys.argv = ["job", *arguments]
     if spec:
-        inner = cli._import_training
+        inner = commands.import_run
 
         def import_and_install(*arguments: Any) -> Any:
-            training = inner(*arguments)
+            loaded = inner(*arguments)
             if spec.get("clock"):
                 install_clock()
             else:
-                install(Stop(spec))
+                install(spec)
                 wait_for_peers(**spec.get("peers", {}))
-            return training
+            return loaded
 
-        cli._import_training = import_and_install  # type: ignore[assignment]
-    cli.main()
+        commands.import_run = import_and_install  # type: ignore[assignment]
+    program.main()
 
 
 def serve() -> None:
     """Fork a job for each line: {"spec": ..., "arguments": [...], "environment": {...}, "log": path}."""
-    from job import cli
+    from job.cli import commands
 
-    cli._import_training(FILTERS)
-    from job import gcs
+    commands.import_run(FILTERS)
+    from job.store import gcs
 
     assert gcs
     for line in sys.stdin:

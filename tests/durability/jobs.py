@@ -61,6 +61,15 @@ class Job:
             assert time.monotonic() < deadline, f"the process hangs:\n{self.text}"
             time.sleep(0.005)
 
+    def wait_until_said(self, text: str) -> None:
+        """Wait until the process has printed a text."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while text not in self.text:
+            if self.state() in ("", "Z"):
+                raise Ended(f"the process never said {text!r}:\n{self.text}")
+            assert time.monotonic() < deadline, f"the process hangs:\n{self.text}"
+            time.sleep(0.005)
+
     def wait_until_blocked(self, number: int) -> None:
         """Wait until the process has taken a signal over."""
         while True:

@@ -6,19 +6,20 @@ import io
 import struct
 import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import google_crc32c
 import h5py
 from tensorboard.compat.proto import event_pb2
 
-from job.checkpoints import MODEL, RESULT, read_record
-from job.storage import Store
-from tests.durability.verdicts import check_is_complete, content, without_times
+from job.publish.publication import MODEL, RESULT
+from job.run.reader import read_record
+from job.store.contract import Store
+from tests.durability.verdicts import check_is_complete, without_times
 
-TIMED_TAGS = {"epoch_images_per_second"}
-RESULTS_OF_A_PROCESS = {"peak_memory_bytes", "seconds", "images_per_second"}
+TIMED_TAGS = {"training/images_per_second"}
+RESULTS_OF_A_PROCESS = {"time", "peak_memory_bytes", "seconds", "images_per_second", "program"}
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,13 @@ def outcome(store: Store) -> Outcome:
     """Read a run that must be complete and sound."""
     check_is_complete(store)
     record = read_record(store)
-    assert record.result is not None
+    assert record.finished is not None
     return Outcome(
-        arrays(content(store, MODEL)),
-        record.commits[0].progress.loss_scale,
+        arrays(store.read(MODEL)),
+        (record.commits[0].progress.loss_scale, record.commits[0].progress.finite_steps),
         without_times(record.history),
         record.confusion,
-        {key: value for key, value in record.result.items() if key not in RESULTS_OF_A_PROCESS},
+        {key: value for key, value in record.finished.result.items() if key not in RESULTS_OF_A_PROCESS},
         scalars(store),
     )
 
@@ -84,7 +85,7 @@ def scalars(store: Store) -> dict[tuple[str, str, int], bytes]:
         folder, _, name = entry.name.rpartition("/")
         if "tfevents" not in name:
             continue
-        for event in events(content(store, entry.name)):
+        for event in events(store.read(entry.name)):
             for value in event.summary.value:
                 key = (folder, value.tag, event.step)
                 seen[key] += 1
@@ -93,6 +94,13 @@ def scalars(store: Store) -> dict[tuple[str, str, int], bytes]:
     twice = [key for key, count in seen.items() if count > 1]
     assert not twice, f"more than once: {twice}"
     return values
+
+
+def extended_from(shorter: Outcome, longer: Outcome) -> Outcome:
+    """What a run holds that was finished twice: all of the longer training, and the end of the shorter."""
+    ends = {key: value for key, value in shorter.scalars.items() if key[1].startswith("recalibrated_")}
+    assert ends
+    return replace(longer, scalars=longer.scalars | ends)
 
 
 def events(data: bytes) -> list[Any]:

@@ -1,32 +1,43 @@
 """Attempts on a run without a network to train: one crc32c stands for all that training would change.
 
-``play`` keeps the order of events of ``job.training``, through the real ``Claim`` and ``Run``, in
-milliseconds. So a process can be made to die after each single change that it makes to a store, and the same
-checkers that judge real training processes (``verdicts``) can be shown to catch protocols that are broken on
-purpose.
+``play`` keeps the order of events of ``job.run.attempt``, through the real parts that claim, commit and
+publish, in milliseconds. So a process can be made to die after each single change that it makes to a store,
+and the same checkers that judge real training processes (``verdicts``) can be shown to catch protocols that
+are broken on purpose.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from types import SimpleNamespace
+from typing import Any, cast
 
-from job import checkpoints
-from job.checkpoints import MODEL, RESULT, Claim, Progress, Record, Run
-from job.config import Network, Settings
-from job.errors import Superseded
-from job.storage import AlreadyExists, Entries, Entry, Store, crc32c
+from job.domain.errors import StorageFailed, Superseded
+from job.domain.network import Network
+from job.domain.record import Finished, Progress, Record
+from job.domain.settings import Settings
+from job.publish.publication import Publication, names_of_epochs
+from job.run.committer import Committer
+from job.run.owner import HeldRun, claim, delete_leftovers, find_record
+from job.run.position import Position
+from job.run.reader import RECORD, read_record
+from job.store.checksum import crc32c
+from job.store.contract import Entry, Store
+from tests.support import split_of
 
 STEPS_PER_EPOCH, EPOCHS, EVERY, KEEP = 4, 3, 3, 2
+PATIENCE_SECONDS = 60.0  # for a commit of a few bytes
 IDENTITY = Settings(network=Network(blocks=(1,), filters=4)).identity(
     precision="float32", data_sha256="5" * 64
 )
+CONFIG = {"identity": IDENTITY.to_json(), "settings": {"created": 0.0}}
 
 
 class Killed(BaseException):
@@ -39,6 +50,7 @@ class MortalStore:
     def __init__(self, store: Store, *, die_after: int | None = None) -> None:
         self._store = store
         self._left = die_after
+        self._losing = False
         self.location = store.location
         self.calls: list[str] = []
         self.changes: list[str] = []
@@ -48,13 +60,16 @@ class MortalStore:
         """Die after so many further changes."""
         self._left = changes
 
-    def _change(self, verb: str, name: str, action: Callable[[], Any]) -> Any:
-        answer = self._call(verb, name, action)
+    def lose_the_answer_of_a_revision(self) -> None:
+        """Obey the next revision of the record, and answer nothing."""
+        self._losing = True
+
+    def _change(self, verb: str, name: str, action: Callable[[], None]) -> None:
+        self._call(verb, name, action)
         self.changes.append(f"{verb} {name}")
         if self._left is not None:
             self._left -= 1
         self._live()  # a lost answer: the store has changed, the process does not know
-        return answer
 
     def _call(self, verb: str, name: str, action: Callable[[], Any]) -> Any:
         self.before(verb, name)
@@ -68,57 +83,59 @@ class MortalStore:
 
     def create(self, name: str, data: bytes) -> None:
         self._change("create", name, lambda: self._store.create(name, data))
+        if self._losing and RECORD.fullmatch(name):
+            self._losing = False
+            raise StorageFailed("the answer was lost")
 
-    def upload(self, name: str, path: Path) -> Entry:
-        entry: Entry = self._change("upload", name, lambda: self._store.upload(name, path))
-        return entry
+    def upload(self, name: str, path: Path) -> None:
+        self._change("upload", name, lambda: self._store.upload(name, path))
+
+    def replace(self, name: str, data: bytes) -> None:
+        self._change("replace", name, lambda: self._store.replace(name, data))
 
     def copy(self, source: str, target: str) -> None:
         self._change("copy", target, lambda: self._store.copy(source, target))
 
-    def swap(self, name: str, data: bytes, expected: str | None) -> str:
-        return str(self._change("swap", name, lambda: self._store.swap(name, data, expected)))
-
-    def delete(self, name: str, version: str) -> None:
-        self._change("delete", name, lambda: self._store.delete(name, version))
+    def delete(self, name: str) -> None:
+        self._change("delete", name, lambda: self._store.delete(name))
 
     def check(self, *, write: bool = True) -> None:
         self._store.check(write=write)
 
-    def read(self, name: str) -> tuple[bytes, str]:
-        answer: tuple[bytes, str] = self._call("read", name, lambda: self._store.read(name))
-        return answer
+    def read(self, name: str) -> bytes:
+        return cast(bytes, self._call("read", name, lambda: self._store.read(name)))
+
+    def checksum(self, name: str) -> tuple[int, int]:
+        return cast("tuple[int, int]", self._call("checksum", name, lambda: self._store.checksum(name)))
+
+    def exists(self, name: str) -> bool:
+        return bool(self._call("exists", name, lambda: self._store.exists(name)))
 
     def download(self, name: str, path: Path) -> None:
         self._call("download", name, lambda: self._store.download(name, path))
 
-    def holds(self, name: str, size: int, checksum: int) -> bool:
-        return bool(self._call("holds", name, lambda: self._store.holds(name, size, checksum)))
+    def list(self, prefix: str = "") -> list[Entry]:
+        return cast("list[Entry]", self._call("list", prefix, lambda: self._store.list(prefix)))
 
-    def list(self, prefix: str = "") -> Entries:
-        entries: Entries = self._call("list", prefix, lambda: self._store.list(prefix))
-        return entries
+    def begin_attempt(self, number: int) -> None:
+        self._store.begin_attempt(number)
 
-    def staging(self) -> Path:
-        return self._store.staging()
+    def scratch(self) -> Path:
+        return self._store.scratch()
 
-    def hurry(self, seconds: float) -> None:
-        self._store.hurry(seconds)
+    def finish_within(self, seconds: float) -> None:
+        self._store.finish_within(seconds)
 
     def close(self) -> None:
         self._store.close()
 
 
-def payload(digest: int) -> Callable[[Path], None]:
+def save(digest: int, path: Path) -> None:
     """Write a checkpoint whose bytes, like those of a ``.keras`` file, differ each time."""
-
-    def write(path: Path) -> None:
-        path.write_text(json.dumps({"digest": digest, "date": secrets.token_hex(8)}))
-
-    return write
+    path.write_text(json.dumps({"digest": digest, "date": secrets.token_hex(8)}))
 
 
-def read_payload(path: Path) -> int:
+def load(path: Path) -> int:
     return int(json.loads(path.read_text())["digest"])
 
 
@@ -126,75 +143,92 @@ def step_on(digest: int, step: int) -> int:
     return crc32c(b"%d after %d" % (step, digest))
 
 
+@functools.cache
+def _publication() -> Publication:
+    return Publication(cast(Store, None), CONFIG, split_of(10), SimpleNamespace(layers=[]), read=read_record)
+
+
 def publish(store: Store, record: Record) -> None:
-    """Write what the record implies and the run lacks, as ``job.publication`` does."""
-    existing = {entry.name for entry in store.list()}
-    for entry in record.history:
-        name = f"train/events.out.tfevents.{entry['step']:010d}"
-        if name not in existing:
-            with suppress(AlreadyExists):
-                store.create(name, json.dumps(entry).encode())
-    if record.state == "complete":
-        if MODEL not in existing:
-            store.copy(record.commits[0].name, MODEL)
-        if RESULT not in existing:
-            store.create(RESULT, json.dumps(record.result).encode())
+    """Write what the record implies and the run lacks."""
+    publication = copy.copy(_publication())
+    publication._store = store
+    publication.publish(record)
 
 
-def play(store: Store, *, run_class: type[Run] = Run, epochs: int = EPOCHS) -> None:
+def play(store: Store, *, epochs: int = EPOCHS) -> None:
     """One attempt on the run, to its end. Raises what the protocol raises, and ``Killed``."""
-    claim = Claim(store, IDENTITY)
-    found = claim.look()
-    if found is not None and found[0].state == "complete" and len(found[0].history) >= epochs:
-        publish(store, found[0])
+    found = find_record(store, IDENTITY)
+    if found is not None and found.finished is not None and found.finished.epochs >= epochs:
+        delete_leftovers(store, found)
+        publish(store, found)
         return
-    with mock.patch.object(checkpoints, "Run", run_class):
-        run = claim.claim(keep=KEEP)
+    run = claim(store, IDENTITY, settings={"epochs": epochs}, take_over=True)
+    committer = Committer(run, keep=KEEP, save=save, publish=lambda record: publish(store, record))
     try:
-        _train(run, epochs)
+        _train(run, committer, epochs)
     finally:
+        committer.close()
         run.close()
 
 
-def _train(run: Run, epochs: int) -> None:
-    digest, progress = run.restore(read_payload) or (0, Progress())
-    history, committed = list(run.record.history), progress.step
-    run.withdraw({MODEL, RESULT})
-    run.prune_lower_attempts()
-    publish(run.store, run.record)
-    while progress.epoch < epochs:
-        if progress.batch < STEPS_PER_EPOCH:
-            step = progress.step + 1
-            digest = step_on(digest, step)
-            progress = Progress(step=step, epoch=progress.epoch, batch=progress.batch + 1)
+def _train(run: HeldRun, committer: Committer, epochs: int) -> None:
+    digest, position = _restore(run)
+    committed = position.progress.step
+    while position.progress.epoch < epochs:
+        if position.progress.batch < STEPS_PER_EPOCH:
+            digest, position = _after_step(digest, position)
         else:
-            history.append(
-                {"epoch": progress.epoch, "step": progress.step, "wall_time": time.time(), "loss": digest}
-            )
-            progress = Progress(step=progress.step, epoch=progress.epoch + 1)
-        if progress.step - committed >= EVERY or progress.epoch == epochs:
-            committed = progress.step
-            _commit(run, digest, progress, history)
-    run.wait()
-    run.swap(state="complete", result={"digest": digest})
+            position = _after_epoch(digest, position)
+        if position.progress.step - committed >= EVERY or position.progress.epoch == epochs:
+            committed = position.progress.step
+            committer.submit(digest, position)
+            committer.wait(PATIENCE_SECONDS)  # one thread at a time: "the n-th change" is always the same
+
+    def complete(record: Record) -> Record:
+        progress, last = position.progress, position.history[-1]
+        about = {"digest": digest, "epochs": progress.epoch, "steps": progress.step}
+        metrics = {key: last[key] for key in ("train", "validation")}
+        result = {**about, **metrics, "test": None, "confusion": None}
+        finished = Finished(epochs=progress.epoch, result=result, commit=record.commits[0])
+        return replace(record, state="complete", finished=finished)
+
+    committer.finish(position, lambda: (digest, position), complete)
+
+
+def _restore(run: HeldRun) -> tuple[int, Position]:
+    before = run.record.history
+    restored = run.restore(load)
+    run.delete_published(names_of_epochs(before[len(run.record.history) :]))
+    run.remove_leftovers()
     publish(run.store, run.record)
+    return (restored[0], Position.of(run.record)) if restored else (0, Position())
 
 
-def _commit(run: Run, digest: int, progress: Progress, history: list[dict[str, Any]]) -> None:
-    run.commit(
-        payload(digest),
-        progress,
-        after=lambda: publish(run.store, run.record),
-        state="running",
-        history=tuple(history),
-    )
-    run.wait()  # one thread at a time, so that "the n-th change" is always the same one
+def _after_step(digest: int, position: Position) -> tuple[int, Position]:
+    progress = position.progress
+    digest = step_on(digest, progress.step + 1)
+    moved = replace(progress, step=progress.step + 1, batch=progress.batch + 1)
+    return digest, replace(position, progress=moved)
 
 
-def play_until_killed(store: Store, die_after: int, *, run_class: type[Run] = Run) -> bool:
+def _after_epoch(digest: int, position: Position) -> Position:
+    progress = position.progress
+    numbers = {"loss": float(digest), "accuracy": 0.5, "learning_rate": 0.1, "images_per_second": 1.0}
+    entry = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "wall_time": time.time(),
+        "train": numbers,
+        "validation": numbers,
+    }
+    moved = Progress(step=progress.step, epoch=progress.epoch + 1)
+    return replace(position, progress=moved, history=(*position.history, entry))
+
+
+def play_until_killed(store: Store, die_after: int, *, epochs: int = EPOCHS) -> bool:
     """Play an attempt that dies after so many changes; False if it ended before."""
     try:
-        play(MortalStore(store, die_after=die_after), run_class=run_class)
+        play(MortalStore(store, die_after=die_after), epochs=epochs)
     except Killed:
         return True
     except Superseded:

@@ -30,7 +30,7 @@ def test_the_loop_is_blocked_for_a_hundredth_of_an_epoch_at_most(
     job = place.start(*SHAPE, "--epochs", "3", "--commit-every", "1epoch", clock=True)
     assert job.wait() == 0, job.text
     commits, steps = (
-        [float(seconds) for seconds in re.findall(rf"^clock {name} (\S+)$", job.text, re.MULTILINE)]
+        [float(seconds) for seconds in re.findall(rf"^clock {name} (\S+) \d+$", job.text, re.MULTILINE)]
         for name in ("commit", "step")
     )
     assert len(commits) == 3
@@ -45,7 +45,7 @@ def test_the_loop_is_blocked_for_a_hundredth_of_an_epoch_at_most(
 
 def test_a_resumed_process_soon_trains(place_in: Callable[[str], Place], tmp_path: Path) -> None:
     place = place_in(str(tmp_path / "runs"))
-    place.stopped_at("swapped", 2, *SHAPE).kill()
+    place.stopped_at("appended", 2, *SHAPE).kill()
     started = time.monotonic()
     job = place.start(*SHAPE, cold=True, clock=True)
     while "clock step" not in job.text:

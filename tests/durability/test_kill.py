@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.durability.conftest import Place
-from tests.durability.outcome import Outcome, check_same_outcome
-from tests.durability.verdicts import check_no_litter, check_readers_are_safe
+from tests.durability.outcome import Outcome, check_same_outcome, extended_from, outcome
+from tests.durability.verdicts import (
+    check_no_litter,
+    check_readers_are_safe,
+    check_result_is_there,
+    digests,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -22,8 +27,8 @@ CHAINS = {
         ("start-up", "load", 1),
         ("before the claim", "claim", 1),
         ("between configuration and claim", "config created", 1),
-        ("before the claim's swap", "swap", 1),
-        ("after the claim's swap", "swapped", 1),
+        ("before the claim's revision", "append", 1),
+        ("after the claim's revision", "appended", 1),
         ("in the first call", "called", 1),
     ],
     "training": [
@@ -31,22 +36,42 @@ CHAINS = {
         ("while a checkpoint is written", "half written", 1),
         ("before an upload", "upload", 1),
         ("while it uploads", "half uploaded", 1),
-        ("between upload and swap", "swap", 2),
-        ("after a swap", "swapped", 2),
+        ("between upload and revision", "append", 2),
+        ("after a revision", "appended", 2),
         ("during evaluation", "predicted", 1),
-        ("between swap and segment", "segment", 1),
+        ("between revision and segment", "segment", 1),
         ("between two segments", "segment created", 1),
         ("before a prune", "delete", 1),
         ("during a prune", "deleted", 1),
     ],
     "finishing": [
-        ("before the last swap", "last swap", 1),
-        ("after the last swap", "last swapped", 1),
+        ("before the last revision", "last append", 1),
+        ("after the last revision", "last appended", 1),
         ("before the model", "copy", 1),
         ("between model and result", "copied", 1),
         ("after the result", "result created", 1),
     ],
 }
+# The same of a finished run of one epoch that is extended to two.
+EXTENSION = [
+    ("before the claim", "claim", 1),
+    ("before the claim's revision", "append", 1),
+    ("after the claim's revision", "appended", 1),
+    ("in training", "called", 2),
+    ("while a checkpoint is written", "half written", 1),
+    ("while it uploads", "half uploaded", 1),
+    ("between upload and revision", "append", 2),
+    ("after a revision", "appended", 2),
+    ("before a prune", "delete", 1),
+    ("during a prune", "deleted", 1),
+    ("before the last revision", "last append", 1),
+    ("after the last revision", "last appended", 1),
+    ("before the longer model", "copy", 1),
+    ("between model and result", "copied", 1),
+    ("before the longer result", "result", 1),
+    ("after the longer result", "result created", 1),
+]
+STEPS_OF_AN_EPOCH = 8
 LONGEST_LIFE_SECONDS = 4.0  # about as long as a whole run takes once TensorFlow is imported
 
 
@@ -58,6 +83,38 @@ def test_killed_at_every_point_of(name: str, place: Place, reference: Outcome) -
     place.finish()
     check_same_outcome(place.store, reference)
     check_no_litter(place.store)
+
+
+def test_killed_at_every_point_of_an_extension(place: Place, reference: Outcome) -> None:
+    """The finished result is there, and is compared, at every instant; the longer one follows."""
+    place.finish("--epochs", "1")
+    expected = extended_from(outcome(place.store), reference)
+    for _, point, count in EXTENSION:
+        job = place.stopped_at(point, count)
+        check_result_is_there(place.store, epochs=1, steps=STEPS_OF_AN_EPOCH)
+        job.kill()
+        check_readers_are_safe(place.store)
+        check_result_is_there(place.store, epochs=1, steps=STEPS_OF_AN_EPOCH)
+    place.finish()
+    check_result_is_there(place.store, epochs=2, steps=2 * STEPS_OF_AN_EPOCH)
+    check_same_outcome(place.store, expected)
+    check_no_litter(place.store)
+
+
+def test_the_finished_result_is_compared_all_the_time_that_it_is_extended(
+    place: Place, reference: Outcome
+) -> None:
+    place.finish("--epochs", "1")
+    expected = extended_from(outcome(place.store), reference)
+    job = place.start(point="none")  # the driver makes calls of one step
+    looks = 0
+    while job.state() not in ("", "Z"):
+        check_result_is_there(place.store, epochs=1, steps=STEPS_OF_AN_EPOCH)
+        looks += 1
+    assert job.wait() == 0, job.text
+    assert looks > 1
+    check_result_is_there(place.store, epochs=2, steps=2 * STEPS_OF_AN_EPOCH)
+    check_same_outcome(place.store, expected)
 
 
 def test_killed_cold(place_in: Callable[[str], Place], tmp_path: Path, reference: Outcome) -> None:
@@ -89,8 +146,8 @@ def test_killed_five_times_at_random_moments(seed: int, place: Place, reference:
 
 def test_finished_runs_are_left_alone(place: Place, reference: Outcome) -> None:
     place.finish()
-    before = {entry.name: entry.version for entry in place.store.list()}
+    before = digests(place.store)
     job = place.finish()
     assert "already complete after 2 epochs; nothing to do" in job.text
-    assert {entry.name: entry.version for entry in place.store.list()} == before
+    assert digests(place.store) == before
     check_same_outcome(place.store, reference)

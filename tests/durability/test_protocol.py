@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from job import storage
-from job.checkpoints import RECORD, Progress, Run
-from job.gcs import GcsStore
-from job.storage import AlreadyExists, Conflict, LocalStore, Store
+from job.domain.record import Commit, Record
+from job.publish.publication import MODEL, RESULT
+from job.run import owner
+from job.run.committer import Committer
+from job.run.owner import HeldRun
+from job.run.position import Position
+from job.run.record_log import Change, RecordLog
+from job.store import local
+from job.store.checksum import crc32c
+from job.store.contract import AlreadyExists
+from job.store.gcs import GcsStore
+from job.store.local import LocalStore
 from tests.durability.protocol import publish
 from tests.durability.scenarios import (
     NewStore,
@@ -20,10 +31,11 @@ from tests.durability.scenarios import (
     find_every_name_taken,
     freeze_before_every_call,
     kill_after_every_change,
+    kill_while_it_is_extended,
     stores_in,
 )
 
-Scenario = Callable[..., int]
+Break = Callable[[pytest.MonkeyPatch], None]
 STORES: dict[str, type[Any]] = {"local": LocalStore, "gcs": GcsStore}
 
 
@@ -41,12 +53,16 @@ def new_store(place: tuple[type[Any], str], *mixins: type[Any]) -> NewStore:
 
 
 def test_killed_after_any_change(place: tuple[type[Any], str]) -> None:
-    assert kill_after_every_change(new_store(place)) == 22
+    assert kill_after_every_change(new_store(place)) == 32
+
+
+def test_killed_while_a_finished_run_is_extended(place: tuple[type[Any], str]) -> None:
+    assert kill_while_it_is_extended(new_store(place)) == 16
 
 
 def test_frozen_before_any_call(place: tuple[type[Any], str]) -> None:
-    # Not superseded is only who was frozen after its last swap: the newer one found a complete run.
-    assert freeze_before_every_call(new_store(place)) == 19
+    # Not superseded is only who was frozen after its last revision: the newer one found a complete run.
+    assert freeze_before_every_call(new_store(place)) == 28
 
 
 def test_every_name_taken(place: tuple[type[Any], str]) -> None:
@@ -54,165 +70,180 @@ def test_every_name_taken(place: tuple[type[Any], str]) -> None:
 
 
 def test_order_of_syncs(tmp_path: Path) -> None:
-    assert cut_the_power(LocalStore(str(tmp_path / "run"))) == 18
+    assert cut_the_power(LocalStore(str(tmp_path / "run"))) == 24
 
 
 # -- broken on purpose -------------------------------------------------------------------------------------
 
 
-class SwapFirst(Run):
+def name_before_the_upload(patch: pytest.MonkeyPatch) -> None:
     """The record names a checkpoint before it is stored."""
 
-    def _commit(self, write: Any, progress: Progress, after: Any, changes: dict[str, Any]) -> None:
-        inner, path = self.store, self.store.staging() / "first"
-        write(path)
-        name = self._checkpoint_name(progress.step)
-        commit = replace(_commit_of(path, name), progress=progress)
-        self.swap(commits=(commit, *self.record.commits)[: self._keep], **changes)
-        inner.upload(name, path)
-        after()
+    def commit(self: Committer, state: Any, position: Position, change: Change) -> None:
+        path = self._run.store.scratch() / "first"
+        self._save(state, path)
+        commit = Commit(
+            name=self._checkpoint_name(position.progress.step),
+            size=path.stat().st_size,
+            crc32c=crc32c(path),
+            progress=position.progress,
+            timing=position.timing,
+        )
+
+        def committed(before: Record) -> Record:
+            commits = (commit, *before.commits)[: self._keep]
+            return change(replace(before, commits=commits, history=position.history))
+
+        record = self._run.append(committed)
+        self._run.store.upload(commit.name, path)
+        self._publish(record)
+
+    patch.setattr(Committer, "_commit", commit)
 
 
-def _commit_of(path: Path, name: str) -> Any:
-    from job.checkpoints import Commit
-
-    return Commit(name=name, size=path.stat().st_size, crc32c=storage.crc32c(path), progress=Progress())
-
-
-class NoFence(Run):
-    """The record is replaced whoever wrote it."""
-
-    def swap(self, **changes: Any) -> None:
-        self._version = self.store.read(RECORD)[1]
-        super().swap(**changes)
+def ignore_the_fence(patch: pytest.MonkeyPatch) -> None:
+    """An attempt goes on behind the revisions of a newer one."""
+    patch.setattr(RecordLog, "_own", lambda self, revision: replace(self.record, revision=revision))
 
 
-class PruneBeforeSwap(Run):
+def prune_claims(patch: pytest.MonkeyPatch) -> None:
+    """A claim's revision is pruned like the others, so an older attempt finds its next name free."""
+    inner = RecordLog._advance
+
+    def advance(self: RecordLog, after: Record) -> None:
+        self._claim = 0
+        inner(self, after)
+
+    patch.setattr(RecordLog, "_advance", advance)
+
+
+def prune_first(patch: pytest.MonkeyPatch) -> None:
     """Space is freed before the record has let go of it."""
+    inner = RecordLog.append
 
-    def swap(self, **changes: Any) -> None:
-        kept = {commit.name for commit in changes.get("commits", self.record.commits)}
-        self._delete_checkpoints(lambda name: name in self._named - kept)
-        super().swap(**changes)
+    def append(self: RecordLog, change: Change) -> Record:
+        kept = {commit.name for commit in change(self.record).restorable}
+        self.forget({commit.name for commit in self.record.restorable} - kept)
+        self.prune()
+        return inner(self, change)
+
+    patch.setattr(RecordLog, "append", append)
 
 
-class PruneWhatIsUnnamed(Run):
+def remove_what_is_unnamed(patch: pytest.MonkeyPatch) -> None:
     """A lingering attempt takes a newer one's checkpoints for litter."""
-
-    def _is_of_lower_attempt(self, name: str) -> bool:
-        return name.startswith("checkpoints/step-")
-
-
-class WithdrawWhatIsThere(Run):
-    """A lingering attempt takes a newer one's result for an old one."""
-
-    def withdraw(self, names: Collection[str]) -> None:
-        for entry in self.store.list():
-            if entry.name in names:
-                self.store.delete(entry.name, entry.version)
+    inner = owner.leftovers
+    patch.setattr(owner, "leftovers", lambda store, record, below: inner(store, record, below=10**9))
 
 
-class SegmentBeforeSwap(Run):
+def delete_the_result(patch: pytest.MonkeyPatch) -> None:
+    """The result of a finished run is deleted when it is extended."""
+    inner = HeldRun.remove_leftovers
+
+    def remove(self: HeldRun) -> None:
+        self.delete_published({MODEL, RESULT})
+        inner(self)
+
+    patch.setattr(HeldRun, "remove_leftovers", remove)
+
+
+def forget_the_result(patch: pytest.MonkeyPatch) -> None:
+    """The record of a run that is extended knows no result."""
+    patch_append(
+        patch, lambda before, after: replace(after, finished=None) if after.state == "running" else after
+    )
+
+
+def forget_history(patch: pytest.MonkeyPatch) -> None:
+    """The scalars of earlier epochs are not in the record."""
+    patch_append(patch, lambda before, after: replace(after, history=after.history[-1:]))
+
+
+def publish_first(patch: pytest.MonkeyPatch) -> None:
     """Events are written before the record that they are made from is safe."""
+    inner = HeldRun.append
 
-    def swap(self, **changes: Any) -> None:
-        publish(self.store, replace(self.record, **{**changes, "state": "running"}))
-        super().swap(**changes)
+    def append(self: HeldRun, change: Change) -> Record:
+        publish(self.store, replace(change(self.record), finished=None))
+        return inner(self, change)
 
-
-class ForgetHistory(Run):
-    """The scalars of an epoch are not in the record."""
-
-    def swap(self, **changes: Any) -> None:
-        super().swap(**{**changes, "history": changes.get("history", ())[-1:]})
+    patch.setattr(HeldRun, "append", append)
 
 
-class AcceptAnyName:
+def patch_append(patch: pytest.MonkeyPatch, after: Callable[[Record, Record], Record]) -> None:
+    inner = RecordLog.append
+    patch.setattr(
+        RecordLog,
+        "append",
+        lambda self, change: inner(self, lambda before: after(before, change(before))),
+    )
+
+
+class AcceptAnyUpload:
     """Whatever holds a create-only name is taken for ours: "any 412 is success"."""
 
-    def upload(self, name: str, path: Path) -> Any:
-        try:
-            return super().upload(name, path)  # type: ignore[misc]
-        except AlreadyExists:
-            path.unlink()
+    def upload(self, name: str, path: Path) -> None:
+        with suppress(AlreadyExists):
+            super().upload(name, path)  # type: ignore[misc]
 
 
-class AcceptAnySwap:
-    """A refused swap is taken for one of ours whose answer was lost: "any 412 is success"."""
+class AcceptAnyRevision:
+    """The same with a revision of the record."""
 
-    def swap(self, name: str, data: bytes, expected: str | None) -> str:
-        try:
-            return str(super().swap(name, data, expected))  # type: ignore[misc]
-        except Conflict:
-            store: Store = self  # type: ignore[assignment]
-            return store.read(name)[1]
+    def create(self, name: str, data: bytes) -> None:
+        with suppress(AlreadyExists):
+            super().create(name, data)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
     ("broken", "scenario", "finding"),
     [
-        (SwapFirst, kill_after_every_change, r"names .* which is not there"),
-        (NoFence, freeze_before_every_call, "the older attempt touched"),
-        (PruneBeforeSwap, kill_after_every_change, r"names .* which is not there"),
-        (PruneWhatIsUnnamed, freeze_before_every_call, "the older attempt touched"),
-        (WithdrawWhatIsThere, freeze_before_every_call, "the older attempt touched"),
-        (SegmentBeforeSwap, kill_after_every_change, "ahead of the record"),
-        (ForgetHistory, kill_after_every_change, "ahead of the record"),
+        (name_before_the_upload, kill_after_every_change, r"names .* which is not there"),
+        (ignore_the_fence, freeze_before_every_call, "the older attempt (touched|made|failed)"),
+        (prune_claims, freeze_before_every_call, "the older attempt (made|failed)"),
+        (prune_first, kill_after_every_change, r"names .* which is not there"),
+        (remove_what_is_unnamed, freeze_before_every_call, "the older attempt touched"),
+        (delete_the_result, kill_while_it_is_extended, "not published any more"),
+        (forget_the_result, kill_while_it_is_extended, "not finished|no result any more"),
+        (publish_first, kill_after_every_change, "ahead of the record"),
+        (forget_history, kill_after_every_change, "ahead of the record|failed"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_broken_protocol_is_caught(
-    place: tuple[type[Any], str], broken: type[Run], scenario: Scenario, finding: str
+    place: tuple[type[Any], str],
+    broken: Break,
+    scenario: Callable[[NewStore], int],
+    finding: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    broken(monkeypatch)
     with pytest.raises(AssertionError, match=finding):
-        scenario(new_store(place), broken)
+        scenario(new_store(place))
 
 
-def test_a_store_that_accepts_any_name_is_caught(place: tuple[type[Any], str]) -> None:
+def test_a_store_that_accepts_any_upload_is_caught(place: tuple[type[Any], str]) -> None:
     with pytest.raises(AssertionError, match=r"is damaged|failed"):
-        find_every_name_taken(new_store(place, AcceptAnyName))
+        find_every_name_taken(new_store(place, AcceptAnyUpload))
 
 
-def test_a_store_that_accepts_any_swap_is_caught(place: tuple[type[Any], str]) -> None:
-    with pytest.raises(AssertionError):
-        freeze_before_every_call(new_store(place, AcceptAnySwap))
+def test_a_store_that_accepts_any_revision_is_caught(place: tuple[type[Any], str]) -> None:
+    """The older attempt does not learn that it was superseded."""
+    with pytest.raises(AssertionError, match="the older attempt made"):
+        freeze_before_every_call(new_store(place, AcceptAnyRevision))
 
 
-class NoSyncOfFiles(LocalStore):
+def test_a_store_that_syncs_no_folder_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint's name may come after the record that names it."""
+    store = LocalStore(str(tmp_path / "run"))
+    monkeypatch.setattr(store._names, "make_durable", lambda folder, **like: None)
+    with pytest.raises(AssertionError, match=r"before what it names is safe|last names are not safe"):
+        cut_the_power(store)
+
+
+def test_a_store_that_syncs_no_file_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power cut leaves names of empty files."""
-
-    def _write(self, data: bytes) -> Path:
-        path = self._spool.path() / "unsafe"
-        path.write_bytes(data)
-        return path
-
-
-class NoSyncOfUploads(LocalStore):
-    """The checkpoint's content may come after the record that names it."""
-
-    def upload(self, name: str, path: Path) -> Any:
-        self._publish(path, self._path(name))
-        path.unlink()
-
-
-class NoSyncOfFolders(LocalStore):
-    """The checkpoint's name may come after the record that names it."""
-
-    def _publish(self, source: Path, target: Path, *, rename: bool = True) -> None:
-        storage.make_folders(target.parent)
-        self._link(source, target, rename=rename)
-
-
-@pytest.mark.parametrize(
-    ("broken", "finding"),
-    [
-        (NoSyncOfFiles, "before its content is safe"),
-        (NoSyncOfUploads, "before its content is safe"),
-        (NoSyncOfFolders, "before what it names is safe|last names are not safe"),
-    ],
-)
-def test_a_store_without_the_order_of_syncs_is_caught(
-    tmp_path: Path, broken: type[LocalStore], finding: str
-) -> None:
-    with pytest.raises(AssertionError, match=finding):
-        cut_the_power(broken(str(tmp_path / "run")))
+    without_fsync = SimpleNamespace(**{**vars(os), "fsync": lambda descriptor: None})
+    monkeypatch.setattr(local, "os", without_fsync)
+    with pytest.raises(AssertionError, match="before its content is safe"):
+        cut_the_power(LocalStore(str(tmp_path / "run")))

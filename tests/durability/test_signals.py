@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from job.checkpoints import read_record
-from job.errors import Interrupted
-from job.interruption import ECHO_SECONDS
+from job.domain.errors import Interrupted
+from job.run.reader import read_record
+from job.run.signals import ECHO_SECONDS
 from tests.durability.conftest import Place
 from tests.durability.jobs import Job
 from tests.durability.outcome import Outcome, check_same_outcome
@@ -30,15 +30,15 @@ REPORT = Path(__file__).parents[2] / "build" / "signal-times.txt"
 # The driver's point, the how-manieth time, and the least step that the signal must save (0: there is none).
 MOMENTS = {
     "start-up": ("load", 1, 0),
-    "claim": ("swap", 1, 0),
+    "claim": ("append", 1, 0),
     "compile": ("call", 1, 0),
     "first call": ("called", 1, 1),
     "training": ("called", 5, 5),
     "evaluation": ("predicted", 1, 8),
     "writing a checkpoint": ("half written", 2, 6),
     "upload": ("half uploaded", 2, 6),
-    "before a swap": ("swap", 3, 6),
-    "after a swap": ("swapped", 3, 6),
+    "before a revision": ("append", 3, 6),
+    "after a revision": ("appended", 3, 6),
 }
 # Whoever hangs in the first call has nothing to save, as in "compile".
 STUCK_MOMENTS = [name for name in MOMENTS if name != "first call"]
@@ -62,7 +62,7 @@ def interrupt(job: Job) -> float:
     ("name", "place"),
     [
         *((name, "local") for name in MOMENTS),
-        *((name, "gcs") for name in ("training", "upload", "before a swap")),
+        *((name, "gcs") for name in ("training", "upload", "before a revision")),
     ],
     indirect=["place"],
 )
@@ -129,7 +129,7 @@ def test_a_second_signal_does_not_wait(place_in: Callable[[str], Place], tmp_pat
 
 @pytest.mark.parametrize("place", ["local"], indirect=True)
 def test_a_signal_while_it_finishes_does_not_undo_what_is_done(place: Place, reference: Outcome) -> None:
-    job = place.stopped_at("last swap")
+    job = place.stopped_at("last append")
     job.send(signal.SIGTERM)
     job.send(signal.SIGCONT)
     assert job.wait() == COMPLETE, job.text
@@ -149,6 +149,36 @@ def test_a_bucket_that_does_not_answer_costs_the_last_steps_and_not_the_exit_cod
         fault.times = 0
     assert gcs_server.injected["status"] > 1
     check_readers_are_safe(place.store)
+    place.finish()
+    check_same_outcome(place.store, reference)
+
+
+def test_a_revision_whose_answer_is_lost_before_an_outage_is_not_taken_for_a_newer_attempts(
+    place: Place, reference: Outcome, server: Gateway | None
+) -> None:
+    """The commit is stored, nobody says so, and the signal finds storage that is out."""
+    with place.losing_an_answer(server) as job:
+        assert interrupt(job) < GRACE_SECONDS
+    assert "could not be saved" in job.text
+    assert "a newer attempt" not in job.text
+    assert read_record(place.store).commits[0].progress.step >= 6
+    check_readers_are_safe(place.store)
+    place.finish()
+    check_same_outcome(place.store, reference)
+
+
+def test_a_signal_whose_commit_follows_a_lost_answer_saves_once_storage_is_back(
+    place: Place, reference: Outcome, server: Gateway | None
+) -> None:
+    with place.losing_an_answer(server, eio=1) as job:
+        job.send(signal.SIGTERM)
+        job.send(signal.SIGCONT)
+        job.wait_until_said("A commit failed")
+    assert job.wait() == Interrupted.exit_code, job.text
+    assert "could not be saved" not in job.text
+    record = read_record(place.store)
+    assert (record.state, record.attempt) == ("interrupted", 1)
+    assert f"step {record.commits[0].progress.step} is committed" in job.text
     place.finish()
     check_same_outcome(place.store, reference)
 

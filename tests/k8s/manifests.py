@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from job import cli
-from job.errors import JobError
+from job.domain.errors import JobError
 
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
@@ -103,14 +103,29 @@ class Manifests:
         return found
 
     @property
+    def training(self) -> list[Manifest]:
+        """The Jobs that train."""
+        return [job for job in self.of_kind("Job") if _name(job) != "data"]
+
+    @property
     def training_pods(self) -> list[Pod]:
-        """One of each Job, with the labels that the Job controller adds."""
-        return [self._pod(job, {"batch.kubernetes.io/job-name": _name(job)}) for job in self.of_kind("Job")]
+        """One of each Job that trains."""
+        return [self._job_pod(job) for job in self.training]
+
+    @property
+    def data_pod(self) -> Pod:
+        """The one that fetches the data."""
+        return self._job_pod(self.get("Job", "data"))
 
     @property
     def pods(self) -> list[Pod]:
         """One of each workload."""
-        return [*self.training_pods, *(self._pod(one, {}) for one in self.of_kind("Deployment"))]
+        deployments = (self._pod(one, {}) for one in self.of_kind("Deployment"))
+        return [self.data_pod, *self.training_pods, *deployments]
+
+    def _job_pod(self, job: Manifest) -> Pod:
+        """A pod with the labels that the Job controller adds."""
+        return self._pod(job, {"batch.kubernetes.io/job-name": _name(job)})
 
     @staticmethod
     def _pod(owner: Manifest, added: dict[str, str]) -> Pod:
@@ -179,7 +194,7 @@ def exit_codes() -> set[int]:
 
 def read_from_environment() -> set[str]:
     """``JOB_*`` variables that the program reads without an option of that name."""
-    sources = "\n".join(path.read_text() for path in (ROOT / "job").glob("*.py"))
+    sources = "\n".join(path.read_text() for path in (ROOT / "job").rglob("*.py"))
     return set(re.findall(r"os\.environ(?:\.get\(|\[)\"(JOB_[A-Z_]+)\"", sources))
 
 

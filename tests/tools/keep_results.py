@@ -1,7 +1,8 @@
-"""Keep the experiment's finished runs in the repository, and say in the README what they show.
+"""Keep the experiment's finished runs in the repository, and say what they show.
 
 `make keep-results EXPERIMENT=folder` calls it. What is kept of a run is what `python -m job compare` reads;
-the README's words come from that alone, and `tests/test_experiment.py` holds the two together.
+docs/experiment.md and the README's finding are written from that alone, and `tests/docs/test_experiment.py`
+holds them together.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -27,29 +27,38 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from job import cifar10, cli
-from job.checkpoints import Record, read_config, read_record
-from job.comparison import COLUMNS, Pairing, depth_changes, pairings
-from job.config import FORMAT, Settings
-from job.figures import PANELS, curves_figure, depth_figure
-from job.storage import NotFound, find_runs, open_store
-from job.summaries import NAMES, RunSummary, final_accuracy_of, load_runs
+from job.cli import commands
+from job.data import records
+from job.domain.identity import FORMAT
+from job.domain.record import Record
+from job.domain.settings import Settings
+from job.report.comparison import COLUMNS
+from job.report.figures import PANELS, curves_figure, depth_figure
+from job.report.finding import load_runs
+from job.report.pairing import Pairing, depth_changes, pairings, recalibrated_accuracy
+from job.report.summaries import NAMES, RunSummary
+from job.run.reader import find_runs, read_config, read_record, record_name
+from job.store.contract import NotFound
+from job.store.location import open_store
+from tests.tools.regions import with_region
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT = ROOT / ".github" / "experiment"
-PICTURES = ROOT / ".github" / "pictures"
-RECALIBRATED = ROOT / ".github" / "recalibrated.json"  # what tests/tools/recalibrate.py printed
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "experiment.md"
+KEPT = ROOT / "docs" / "experiment"
+PICTURES = ROOT / "docs" / "pictures"
 FIGURE, DEPTH_FIGURE = PICTURES / "experiment.png", PICTURES / "experiment-depth.png"
 PROCESSOR = "Zen 4 at 2.6 GHz"  # of all kept runs; a result names the rest
 TRAINED_ON = 50_000  # images
 DPI = 160  # of the figures: sharp on dense screens, too
 COLOURS = 64  # in a figure: lines, bands and the smooth edges of letters need no more
+ANEW = "recalibrated**"
 SHOWN = {  # columns of the table, by those of `compare`; one more says how long the training takes
     "model": "Model",
     "layers": "Layers",
     "seed": "Seed",
     "epochs": "Epochs",
     "validation": "Test accuracy",
+    ANEW: "Recalibrated",
     "train": "Training accuracy",
     "images/s": "Images/s",
 }
@@ -81,9 +90,9 @@ def plan(*variables: str) -> list[Planned]:
 
 def _planned(line: str) -> Planned:
     arguments = shlex.split(line.partition("job train ")[2])
-    settings = cli._settings(dict(cli.train.make_context("train", arguments).params))
+    settings = Settings.of(dict(commands.train.make_context("train", arguments).params))
     assert settings.precision != "auto"
-    data = cifar10.fingerprint(cifar10.OFFICIAL)
+    data = records.fingerprint(records.OFFICIAL)
     return Planned(settings.identity(precision=settings.precision, data_sha256=data).default_name, settings)
 
 
@@ -118,7 +127,9 @@ def _write(folder: Path, config: dict[str, Any], record: Record) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     slim = {"format": FORMAT, "identity": config["identity"], "settings": {"epochs": len(record.history)}}
     (folder / "config.json").write_text(json.dumps(slim, indent=1) + "\n")
-    (folder / "record.json").write_bytes(replace(record, commits=(), confusion=None).to_bytes())
+    finished = replace(record.finished, commit=None) if record.finished else None
+    slim_record = replace(record, commits=(), confusion=None, owners=(), finished=finished)
+    (folder / record_name(record.revision)).write_bytes(slim_record.to_bytes())
 
 
 def kept_runs() -> list[RunSummary]:
@@ -133,22 +144,34 @@ def digest() -> str:
 
 
 def finding(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
-    """The README's first screen: what the experiment shows so far, in a sentence, and its figure."""
-    found = [pairing for pairing in pairings(runs) if pairing.seeds]
+    """The README's first screen: what the experiment shows so far, in two sentences, and its figure.
+
+    A single pair proves nothing, so it is left to the page where there are sizes with several.
+    """
+    paired = [pairing for pairing in pairings(runs) if pairing.seeds]
+    found = [pairing for pairing in paired if len(pairing.seeds) > 1] or paired
     missing = _missing(runs, planned)
     title = _heading(found, finished=not missing)
-    text = f"**{title}.** {_sentence(found, {run.layers: len(run.history) for run in runs})}"
-    if pair := recalibrated(runs):
-        resnet, plainnet = pair
-        text += (
-            f" At {resnet.layers} layers the averages that batch normalization evaluates with lag behind the "
-            f"weights: taken anew, the ResNet is {_points(resnet.renewed - plainnet.renewed)}."
-        )
+    epochs = {run.layers: len(run.history) for run in runs}
+    text = f"**[{title}]({_linked(PAGE, README)}).** {_sentence(found, epochs)}"
+    if anew := _paired_anew(runs):
+        text += f" By batch statistics taken anew, it was {_gains(anew, epochs)}."
     if missing:
         text += f" {len(planned) - len(missing)} of {len(planned)} runs are finished."
-    text += " More under [The experiment](#the-experiment)."
-    alternative = "Training and validation accuracy of both networks, epoch by epoch"
-    return f"{wrapped(text)}\n\n![{alternative}]({FIGURE.relative_to(ROOT)})"
+    return f"{wrapped(text)}\n\n{_pictures(runs, README, most=1)}"
+
+
+def _linked(target: Path, page: Path) -> str:
+    """A file's path in a link of a page."""
+    return os.path.relpath(target, page.parent)
+
+
+def _pictures(runs: Sequence[RunSummary], page: Path, most: int | None = None) -> str:
+    """The accuracy against depth, where there are several depths, and the curves; or the first so many."""
+    shown = {FIGURE: "Training and validation accuracy of both networks, epoch by epoch"}
+    if depth_figure(runs):
+        shown = {DEPTH_FIGURE: "Accuracy on the test set against depth, a dot a run", **shown}
+    return "\n\n".join(f"![{shown[path]}]({_linked(path, page)})" for path in list(shown)[:most])
 
 
 def _heading(found: Sequence[Pairing], *, finished: bool) -> str:
@@ -160,9 +183,20 @@ def _heading(found: Sequence[Pairing], *, finished: bool) -> str:
 def _sentence(found: Sequence[Pairing], epochs: dict[int, int]) -> str:
     if not found:
         return "No pair of networks is trained yet."
+    return (
+        "With skip connections, trained on all 50,000 images, the accuracy on the test set was "
+        f"{_gains(found, epochs)}."
+    )
+
+
+def _paired_anew(runs: Sequence[RunSummary]) -> list[Pairing]:
+    """The pairs of runs that were evaluated by batch statistics taken anew, too; earlier runs were not."""
+    return [pairing for pairing in pairings(runs, recalibrated_accuracy) if pairing.seeds]
+
+
+def _gains(found: Sequence[Pairing], epochs: dict[int, int]) -> str:
     parts = [_gain(pairing, epochs[pairing.layers]) for pairing in found]
-    listed = parts[0] if len(parts) == 1 else f"{'; '.join(parts[:-1])}; and {parts[-1]}"
-    return f"With skip connections, trained on all 50,000 images, the accuracy on the test set was {listed}."
+    return parts[0] if len(parts) == 1 else f"{'; '.join(parts[:-1])}; and {parts[-1]}"
 
 
 def _gain(pairing: Pairing, epochs: int) -> str:
@@ -181,17 +215,17 @@ def _missing(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> list[Pla
     return [run for run in planned if run.name not in {done.name for done in runs}]
 
 
-def chapter(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
-    """The README's chapter on the experiment."""
+def page(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
+    """The page on the experiment."""
     missing = _missing(runs, planned)
     parts = [
-        "## The experiment",
+        "# The experiment",
+        "`make keep-results` writes this page from the runs that are kept in `docs/experiment`.",
         wrapped(_question(len(planned) - len(missing), planned)),
         _commands(len(planned)),
         _table(runs),
-        _depth_picture(runs),
+        _pictures(runs, PAGE),
         _differences(runs),
-        wrapped(_closer_look(runs)),
         wrapped(_degradation(runs)),
         wrapped(_reservations(runs)),
         wrapped(_conditions(runs)),
@@ -201,7 +235,7 @@ def chapter(runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
             "`compare` reads the runs from their volume or bucket."
         ),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _question(finished: int, planned: Sequence[Planned]) -> str:
@@ -239,7 +273,7 @@ def _commands(planned: int) -> str:
     commands = {
         "make experiment": f"all {planned} runs, many hours on two cores; it resumes",
         "make experiment EXPERIMENT=runs/small EPOCHS=1 SEEDS=0": "the same, smaller",
-        ".venv/bin/python -m job compare .github/experiment": "the finished runs, kept here",
+        ".venv/bin/python -m job compare docs/experiment": "the finished runs, kept here",
     }
     width = max(map(len, commands))
     return "\n".join(f"    {command:{width}}    # {comment}" for command, comment in commands.items())
@@ -252,26 +286,43 @@ def _differences(runs: Sequence[RunSummary]) -> str:
         "initial weights up to the first projection, and no more. Each interval holds by itself, not all of "
         "them at once. ResNet minus PlainNet, accuracy on the test set after the last epoch:"
     )
-    paired = pairings(runs)
-    lines = [wrapped(f"- {found}", "  ") for found in [*paired, *depth_changes(paired)]]
-    return "\n".join([wrapped(text), "", *lines])
+    parts = [wrapped(text), _listed_pairs(pairings(runs))]
+    if anew := _paired_anew(runs):
+        parts += ["The same by batch statistics taken anew:", _listed_pairs(anew)]
+    return "\n\n".join(parts)
 
 
-def _depth_picture(runs: Sequence[RunSummary]) -> str:
-    alternative = "Accuracy on the test set against depth, a dot a run"
-    return f"![{alternative}]({DEPTH_FIGURE.relative_to(ROOT)})" if depth_figure(runs) else ""
+def _listed_pairs(paired: Sequence[Pairing]) -> str:
+    return "\n".join(wrapped(f"- {found}", "  ") for found in [*paired, *depth_changes(paired)])
 
 
 def _table(runs: Sequence[RunSummary]) -> str:
     """The runs, one a line, and when their accuracies were measured."""
+    cells = {column.title: column.cell for column in COLUMNS}
+    anew = any(run.recalibrated_accuracy is not None for run in runs)  # earlier runs have none
+    shown = {column: title for column, title in SHOWN.items() if anew or column != ANEW}
+    lines = [[*shown.values(), "Training time"], [":--", *["--:"] * len(shown)]]
+    lines += [[*(cells[column](run) for column in shown), _training_time(run)] for run in runs]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", wrapped(_measured(runs))])
+
+
+def _measured(runs: Sequence[RunSummary]) -> str:
+    """When the accuracies were measured, and by which statistics."""
     text = (
         "Training accuracy is the mean over the last epoch while the weights still moved; test accuracy is "
-        "measured after it."
+        "measured after it, by the moving averages that batch normalization keeps of the last hundred steps "
+        "or so."
     )
-    cells = {column.title: column.cell for column in COLUMNS}
-    lines = [[*SHOWN.values(), "Training time"], [":--", *["--:"] * len(SHOWN)]]
-    lines += [[*(cells[column](run) for column in SHOWN), _training_time(run)] for run in runs]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", wrapped(text)])
+    have = {run.recalibrated_accuracy is not None for run in runs}
+    if True in have:
+        text += " Recalibrated: by the same weights, with batch statistics taken anew over training images."
+    if False in have:
+        which = "The other runs" if True in have else "All of these runs"
+        text += (
+            f" {which} ended before statistics were taken anew at a run's end: how far their averages lag "
+            "behind their weights, nothing here tells."
+        )
+    return text
 
 
 def _training_time(run: RunSummary) -> str:
@@ -316,50 +367,6 @@ def _said_of_depth(losses: dict[str, float]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Recalibrated:
-    """A kept run's accuracy on the test set: as training left it, and with new averages."""
-
-    layers: int
-    kept: float
-    renewed: float
-
-
-def recalibrated(runs: Sequence[RunSummary]) -> tuple[Recalibrated, Recalibrated] | None:
-    """The ResNet and the PlainNet that were measured again; None unless both are kept."""
-    measured = json.loads(RECALIBRATED.read_text())["runs"]
-    found = [
-        Recalibrated(run.layers, final_accuracy_of(run), measured[run.name]["accuracy_by_new_averages"])
-        for model in NAMES
-        for run in runs
-        if run.model == model and run.name in measured
-    ]
-    return (found[0], found[1]) if len(found) == 2 else None
-
-
-def _points(gain: float) -> str:
-    return f"{100 * abs(gain):.2f} points {'higher' if gain >= 0 else 'lower'}"
-
-
-def _closer_look(runs: Sequence[RunSummary]) -> str:
-    """Why the last accuracy of the article's ResNet is what it is."""
-    pair = recalibrated(runs)
-    if pair is None:
-        return ""
-    resnet, plainnet = pair
-    about = json.loads(RECALIBRATED.read_text())
-    return (
-        f"**The ResNet with {resnet.layers} layers** has {resnet.kept:.2%} for its moving averages, not for "
-        "its weights: batch normalization evaluates with averages over about the last hundred steps, and "
-        "at this constant rate they lag behind weights that move. With averages taken anew over "
-        f"{about['batches']} batches of {about['batch_size']} training images, and no weight changed, the "
-        f"same network has {resnet.renewed:.2%}, and the PlainNet {plainnet.renewed:.2%} instead of "
-        f"{plainnet.kept:.2%}: {_points(resnet.renewed - plainnet.renewed)}, still one pair. This was "
-        "measured once the result was known, so it explains the result and does not replace it: "
-        "`.venv/bin/python -m tests.tools.recalibrate RUN...`."
-    )
-
-
 def _reservations(runs: Sequence[RunSummary]) -> str:
     steps = [
         abs(after.validation_accuracy - before.validation_accuracy)
@@ -387,48 +394,37 @@ def _conditions(runs: Sequence[RunSummary]) -> str:
         "runs at a time. Other work slowed some of them. Images/s is therefore the median over the epochs, "
         "and the training time is what all epochs take at that speed, without evaluation; `compare` shows "
         f"the time that training and evaluation really took. Versions: {'; '.join(versions)}. Each run's "
-        "history, result and confusion matrix are in `.github/experiment`. On a processor without bfloat16, "
+        "history, result and confusion matrix are in `docs/experiment`. On a processor without bfloat16, "
         "`make experiment PRECISION=float32` is faster; its runs cannot be paired with these."
     )
 
 
 def _result(name: str) -> dict[str, Any]:
     with closing(open_store(str(KEPT / name))) as store:
-        return read_record(store).result or {}
+        finished = read_record(store).finished
+        return finished.result if finished else {}
 
 
 def wrapped(text: str, indent: str = "") -> str:
-    """Lines of the README's width."""
+    """Lines of the pages' width."""
     return textwrap.fill(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-def with_texts(readme: str, runs: Sequence[RunSummary], planned: Sequence[Planned]) -> str:
-    """The README with both texts in their places."""
-    places = {
-        ("<!-- finding -->", "<!-- end of finding -->"): finding(runs, planned),
-        ("<!-- section: experiment -->", "<!-- section: containers -->"): chapter(runs, planned),
-    }
-    for (start, end), text in places.items():
-        pattern = re.compile(f"(?<={re.escape(start)}\n).*?(?={re.escape(end)})", re.DOTALL)
-        readme, count = pattern.subn(lambda _, text=text: f"\n{text}\n\n", readme)  # type: ignore[misc]
-        assert count == 1, f"the README has {count} places for {start}"
-    return readme
-
-
 def main(location: str) -> None:
-    """Keep the finished runs, and renew figures and README."""
+    """Keep the finished runs, and renew the figures and what the pages say."""
     print("\n".join(["kept:", *keep(location)]))
     renew()
 
 
 def renew() -> None:
-    """Make the figures and the README's texts again, of the runs that are kept."""
+    """Make the figures, the page and the README's finding again, of the runs that are kept."""
     runs, planned = kept_runs(), plan()
     save(accuracy_figure(runs), FIGURE)
     if depth := depth_figure(runs):
         save(depth, DEPTH_FIGURE)
-    path = ROOT / "README.md"
-    path.write_text(with_texts(path.read_text(encoding="utf-8"), runs, planned), encoding="utf-8")
+    PAGE.write_text(page(runs, planned), encoding="utf-8")
+    readme = with_region(README.read_text(encoding="utf-8"), "finding", finding(runs, planned))
+    README.write_text(readme, encoding="utf-8")
 
 
 def accuracy_figure(runs: Sequence[RunSummary]) -> Figure:

@@ -1,6 +1,6 @@
-"""Write the embedded sample anew from the full data: `python tests/tools/make_sample.py data job/sample`.
+"""Write the embedded sample anew: `python tests/tools/make_sample.py data job/data/sample`.
 
-It draws with raw Philox words, so the files come out the same everywhere. `cifar10.SAMPLE` has their digests.
+It draws with raw Philox words, so the files come out the same everywhere. `records.SAMPLE` has their digests.
 """
 
 import hashlib
@@ -9,21 +9,23 @@ from pathlib import Path
 
 import numpy as np
 
-from job import cifar10
+from job.data import sources
+from job.data.holdout import draw_balanced
+from job.data.records import Split, encode
 
 KEY = 11  # of the Philox stream; another than the hold-out's
 PER_CLASS = {"train.bin": 100, "test.bin": 50}
 
 
-def sample_of(split: cifar10.Split, per_class: int) -> bytes:
+def sample_of(split: Split, per_class: int) -> bytes:
     """Records of ``per_class`` random images of each class, in the order of the full data."""
-    chosen = np.sort(cifar10.draw_balanced(split.labels, per_class, key=KEY), axis=None)
-    return cifar10.encode(cifar10.Split(split.images[chosen], split.labels[chosen]))
+    chosen = np.sort(draw_balanced(split.labels, per_class, key=KEY), axis=None)
+    return encode(Split(split.images[chosen], split.labels[chosen]))
 
 
 def main(source: str, target: str) -> None:
     """Write both files into the folder ``target`` and print their digests."""
-    data = cifar10.load(source)
+    data = sources.load(source)
     for name, split in {"train.bin": data.train, "test.bin": data.test}.items():
         records = sample_of(split, PER_CLASS[name])
         Path(target, name).write_bytes(records)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job.storage import join, open_store
+from job.store.location import join, open_store
 from tests.durability import jobs
 from tests.durability.jobs import Nursery
 from tests.durability.outcome import Outcome

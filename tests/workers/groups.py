@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from job.checkpoints import Record, read_record
-from job.storage import Store
+from job.domain.record import Record
+from job.run.reader import read_record
+from job.store.contract import Store
 from tests.durability.driver import FILTERS
 from tests.durability.jobs import Job, Nursery
 from tests.durability.outcome import Outcome, check_same_outcome, outcome
@@ -33,6 +34,15 @@ def free_ports(count: int) -> list[int]:
 def is_free(port: int) -> bool:
     try:
         socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
+def has_ipv6() -> bool:
+    """Whether this host has its own address in IPv6."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         return False
     return True

@@ -10,30 +10,68 @@ from typing import Any
 
 import pytest
 
-from job import cluster
-from job.config import Settings
-from job.errors import ResourceUnavailable, UsageError
-from tests.workers.groups import free_ports
+from job.domain.errors import ResourceUnavailable, UsageError
+from job.domain.settings import Settings
+from job.engine import worker_group
+from job.engine.worker_group import WorkerGroup
+from tests.workers.groups import free_ports, has_ipv6
 
 
-def group_of(
-    monkeypatch: pytest.MonkeyPatch, index: str = "1", **settings: Any
-) -> cluster.WorkerGroup | None:
+def group_of(monkeypatch: pytest.MonkeyPatch, index: str = "1", **settings: Any) -> WorkerGroup | None:
     monkeypatch.setenv("JOB_COMPLETION_INDEX", index)
-    return cluster.WorkerGroup.of(Settings(**settings))
+    return WorkerGroup.of(Settings(**settings))
 
 
 def test_a_host_pattern_gives_each_workers_address(monkeypatch: pytest.MonkeyPatch) -> None:
     group = group_of(monkeypatch, workers=2, worker_hosts="resnet-{index}.resnet:2222")
-    assert group == cluster.WorkerGroup(("resnet-0.resnet:2222", "resnet-1.resnet:2222"), 1)
+    assert group == WorkerGroup(("resnet-0.resnet:2222", "resnet-1.resnet:2222"), 1)
     assert group_of(monkeypatch) is None
+
+
+@pytest.mark.parametrize(
+    ("hosts", "parsed"),
+    [
+        ("a:1, b:2", ("a:1", "b:2")),
+        ("[fd00::1]:2222,[fd00::2]:2222", ("[fd00::1]:2222", "[fd00::2]:2222")),
+        ("[::1]:2301 , [fe80::1%eth0]:2302", ("[::1]:2301", "[fe80::1%eth0]:2302")),
+    ],
+)
+def test_blanks_and_ipv6_addresses_are_understood(
+    monkeypatch: pytest.MonkeyPatch, hosts: str, parsed: tuple[str, ...]
+) -> None:
+    assert group_of(monkeypatch, workers=2, worker_hosts=hosts) == WorkerGroup(parsed, 1)
 
 
 def test_tf_config_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     task = {"type": "worker", "index": 0}
     config = {"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": task}
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
-    assert group_of(monkeypatch) == cluster.WorkerGroup(("a:1", "b:1"), 1)
+    assert group_of(monkeypatch) == WorkerGroup(("a:1", "b:1"), 1)
+
+
+def test_the_tf_config_of_a_kubeflow_trainer_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {
+        "cluster": {"chief": ["n-chief-0.d.svc:2222"], "worker": ["n-worker-0.d.svc:2222", "[fd00::2]:2222"]},
+        "task": {"type": "worker", "index": 1},
+        "environment": "cloud",
+    }
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    hosts = ("n-chief-0.d.svc:2222", "n-worker-0.d.svc:2222", "[fd00::2]:2222")
+    assert group_of(monkeypatch) == WorkerGroup(hosts, 2)
+
+
+@pytest.mark.parametrize("role", ["evaluator", "ps"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_role_of_tf_config_that_this_job_does_not_have_is_named(
+    monkeypatch: pytest.MonkeyPatch, role: str, own: bool
+) -> None:
+    config = {
+        "cluster": {"worker": ["a:1", "b:1"], role: ["c:1"]},
+        "task": {"type": role if own else "worker", "index": 0},
+    }
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    with pytest.raises(UsageError, match=f"roles chief and worker only, not '{role}'.*remove that role"):
+        group_of(monkeypatch)
 
 
 def test_an_empty_tf_config_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +85,7 @@ def test_an_empty_tf_config_names_nobody(monkeypatch: pytest.MonkeyPatch) -> Non
         ("{}", "cluster"),
         ("not JSON", "Expecting value"),
         ('{"cluster": {"worker": ["a", "b"]}, "task": {"type": "worker", "index": 0}}', "not a, b"),
-        ('{"cluster": {"worker": [1, 2]}, "task": {"type": "worker", "index": 0}}', "expected string"),
-        ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "evaluator", "index": 0}}', "evaluator"),
+        ('{"cluster": {"worker": [1, 2]}, "task": {"type": "worker", "index": 0}}', "strip"),
         ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}', "number 2"),
         ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": -1}}', "number -1"),
     ],
@@ -86,21 +123,30 @@ def test_hosts_without_a_number_of_workers_are_refused(monkeypatch: pytest.Monke
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        group = cluster.WorkerGroup((f"127.0.0.1:{port}", "127.0.0.1:1"), 0)
+        group = WorkerGroup((f"127.0.0.1:{port}", "127.0.0.1:1"), 0)
         with pytest.raises(
             ResourceUnavailable, match=f"port {port} cannot be opened: Address already in use"
         ):
-            cluster._meet(group)
+            worker_group.meet(group)
+
+
+def test_a_worker_answers_on_ipv4_and_on_ipv6() -> None:
+    (port,) = free_ports(1)
+    with worker_group._listener(port):
+        assert worker_group._answers(f"127.0.0.1:{port}")
+        assert worker_group._answers(f"localhost:{port}")
+        assert worker_group._answers(f"[::1]:{port}") == has_ipv6()
+    assert not worker_group._answers(f"127.0.0.1:{port}")
 
 
 def test_a_worker_answers_its_peers_however_long_it_waits() -> None:
     """Each peer asks twice a second; a queue of calls that nobody takes would be full after a minute."""
     mine, late = (f"127.0.0.1:{port}" for port in free_ports(2))
-    meeting = threading.Thread(target=cluster._meet, args=[cluster.WorkerGroup((mine, late), 0)], daemon=True)
+    meeting = threading.Thread(target=worker_group.meet, args=[WorkerGroup((mine, late), 0)], daemon=True)
     meeting.start()
     for _ in range(4):
         time.sleep(0.7)
-        assert all(cluster._answers(mine) for _ in range(50))
+        assert all(worker_group._answers(mine) for _ in range(50))
     assert meeting.is_alive()
     with socket.create_server(("127.0.0.1", int(late.rpartition(":")[2]))):
         meeting.join(timeout=5)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from job.checkpoints import read_record
-from job.errors import IdentityConflict
-from job.storage import NotFound
+from job.domain.errors import IdentityConflict
+from job.run.reader import read_record
+from job.store.contract import NotFound
 from tests.durability.jobs import Job
 from tests.durability.outcome import Outcome
 from tests.workers.groups import Place
@@ -39,14 +39,14 @@ DEATHS_OF_CHIEF = {
     "meeting": Death(("looked", 1), other_at=("met", 1)),
     "before the first step": Death(("call", 1)),
     "half-written checkpoint": Death(("half written", 1)),
-    "before the swap": Death(("swap", 2)),  # the first one is the claim
+    "before the revision": Death(("append", 2)),  # the first one is the claim
     "mid-epoch": Death(("call", 5)),
     "evaluation": Death(("predicted", 1)),
 }
 DEATHS_OF_WORKER = {
     "meeting": Death(("looked", 1), other_at=("met", 1)),
     "before the first step": Death(("call", 1)),
-    "the chief's commit": Death(other_at=("swap", 2)),
+    "the chief's commit": Death(other_at=("append", 2)),
     "evaluation": Death(("predict", 1)),
     "mid-epoch": Death(("call", 5)),
 }
@@ -131,7 +131,10 @@ class Life:
         codes = self.group.wait()
         print(f"worker {self.victim} killed, {self.name}: the other ended after {self.seconds:.1f} s")
         assert (codes[self.victim], codes[self.other]) == (KILLED, LOST), f"{self.name}: {self.group.text}"
-        assert f"worker {self.other} lost a peer" in self.group.jobs[self.other].text
+        text = self.group.jobs[self.other].text
+        while_they_met = f"worker {self.other} lost a peer while they met"
+        named = f"worker {self.other} lost worker {self.victim} at {self.group.hosts[self.victim]}: "
+        assert while_they_met in text or named in text, text
         assert self.seconds is not None
         assert self.seconds < LOST_SECONDS, self.name
 

@@ -45,14 +45,37 @@ class Machine:
         ip("-netns", self.switch, "link", "set", self.cable, state)
 
 
+@dataclass(frozen=True)
+class Addresses:
+    """Of all machines, in one subnet."""
+
+    prefix: str
+    length: int
+    options: tuple[str, ...] = ()
+
+    def of(self, index: int) -> str:
+        return f"{self.prefix}{index + 1}"
+
+
+IPV4 = Addresses("10.77.0.", 24)
+IPV6 = Addresses("fd77::", 64, ("nodad",))  # usable at once: nobody else can have them
+
+
 @pytest.fixture
 def machines() -> Iterator[list[Machine]]:
+    with machines_with(IPV4) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def machines_with(addresses: Addresses) -> Iterator[list[Machine]]:
+    """Two machines with addresses of one kind only, and names for them."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("needs root and iproute2 (apt-get install iproute2) to make network namespaces")
     with contextlib.ExitStack() as stack:
         try:
             remove_leftovers()
-            made = build(f"job{os.getpid()}", stack)
+            made = build(f"job{os.getpid()}", addresses, stack)
         except subprocess.CalledProcessError as error:
             pytest.skip(f"needs the privilege to make network namespaces: {error.stderr.strip()}")
         yield made
@@ -66,14 +89,16 @@ def remove_leftovers() -> None:
             shutil.rmtree(Path("/etc/netns", found[0]), ignore_errors=True)
 
 
-def build(tag: str, stack: contextlib.ExitStack) -> list[Machine]:
+def build(tag: str, addresses: Addresses, stack: contextlib.ExitStack) -> list[Machine]:
     """Make a switch, in a namespace too, and two machines at it; ``stack`` takes them down."""
     switch = f"{tag}-switch"
     namespace(switch, stack)
     ip("-netns", switch, "link", "add", "bridge", "type", "bridge")
     ip("-netns", switch, "link", "set", "bridge", "up")
-    names = "".join(f"10.77.0.{index + 1} {HOSTS.format(index=index)}\n" for index in range(2))
-    return [machine(tag, switch, index, f"127.0.0.1 localhost\n{names}", stack) for index in range(2)]
+    names = "".join(f"{addresses.of(index)} {HOSTS.format(index=index)}\n" for index in range(2))
+    return [
+        machine(tag, switch, index, addresses, f"127.0.0.1 localhost\n{names}", stack) for index in range(2)
+    ]
 
 
 def namespace(name: str, stack: contextlib.ExitStack) -> None:
@@ -82,7 +107,9 @@ def namespace(name: str, stack: contextlib.ExitStack) -> None:
     ip("-netns", name, "link", "set", "lo", "up")
 
 
-def machine(tag: str, switch: str, index: int, hosts: str, stack: contextlib.ExitStack) -> Machine:
+def machine(
+    tag: str, switch: str, index: int, addresses: Addresses, hosts: str, stack: contextlib.ExitStack
+) -> Machine:
     name, cable = f"{tag}-{index}", f"cable{index}"
     namespace(name, stack)
     folder = Path("/etc/netns", name)  # `ip netns exec` lays its files over those of /etc
@@ -91,8 +118,9 @@ def machine(tag: str, switch: str, index: int, hosts: str, stack: contextlib.Exi
     (folder / "hosts").write_text(hosts)
     ip("-netns", switch, "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
     ip("-netns", switch, "link", "set", cable, "master", "bridge", "up")
-    ip("-netns", name, "address", "add", f"10.77.0.{index + 1}/24", "dev", "eth0")
     ip("-netns", name, "link", "set", "eth0", "up")
+    address = f"{addresses.of(index)}/{addresses.length}"
+    ip("-netns", name, "address", "add", address, "dev", "eth0", *addresses.options)
     return Machine(name, cable, switch)
 
 
@@ -152,3 +180,15 @@ def test_machines_that_lose_each_other_end_and_then_continue_to_the_same_bits(
     chief, worker = start(place, machines)
     assert [chief.wait(), worker.wait()] == [0, 0], chief.text + worker.text
     place.check_same(reference)
+
+
+def test_machines_that_have_ipv6_only_meet_by_their_names_and_train_the_same_bits(
+    place: Place, reference: Outcome
+) -> None:
+    with machines_with(IPV6) as machines:
+        addresses = subprocess.getoutput(f"ip -netns {machines[0].name} -brief address show eth0")
+        assert "fd77::1/64" in addresses
+        assert "10.77" not in addresses
+        chief, worker = start(place, machines)
+        assert [chief.wait(), worker.wait()] == [0, 0], chief.text + worker.text
+        place.check_same(reference)

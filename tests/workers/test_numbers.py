@@ -80,11 +80,15 @@ def interrupted_after(place: Place, least: int) -> int:
 
 def check_every_image_counts_once(place: Place) -> None:
     record = place.record
-    assert record.result is not None
+    assert record.finished is not None
+    result = record.finished.result
     assert [entry["step"] for entry in record.history] == [STEPS, 2 * STEPS]
-    for entry, images in ((record.history[-1]["train"], BATCH * STEPS), (record.result["test"], 500)):
+    for entry, images in (
+        (record.history[-1]["train"], BATCH * STEPS),
+        (result["test"], 500),
+    ):
         assert entry["accuracy"] * images == pytest.approx(round(entry["accuracy"] * images), abs=1e-9)
     assert record.confusion is not None
     assert counted(record.confusion) == HOLDOUT
     assert [sum(row) for row in record.confusion] == [HOLDOUT // 10] * 10
-    assert [sum(row) for row in record.result["confusion"]] == [50] * 10  # the test set
+    assert [sum(row) for row in result["confusion"]] == [50] * 10  # the test set
