@@ -44,12 +44,14 @@ def train(interruption: Interruption, /, dry_run: bool, **values: Any) -> None:
     settings = replace(Settings.of(values), data=_named("data"))
     interruption.grace_seconds = settings.grace_seconds
     interruption.as_json = settings.log_format == "json"
-    run = import_run(settings.network.filters)
     if dry_run:
-        for line in run.dry_run.plan(settings, reporter):
+        for line in import_run(settings.network.filters).dry_run.plan(settings, reporter):
             reporter.tell(line)
         return
-    run.attempt.train(settings, interruption, reporter)
+    from job.data.ahead import begin_reading
+
+    read = begin_reading(settings.data, reporter)
+    import_run(settings.network.filters).attempt.train(settings, interruption, read, reporter)
 
 
 @cli.command(short_help="Recompute a run's accuracy.", context_settings=READS_VARIABLES)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from job.console import Reporter
-from job.data import fetch, sources
+from job.data.ahead import Read
 from job.data.splits import Splits
 from job.domain.errors import Diverged, Interrupted, StorageFailed
 from job.domain.record import Finished, Record
@@ -35,8 +35,8 @@ from job.store.location import open_store
 RESERVED_SECONDS = 3.5  # of the grace, for all that is no call of the store
 
 
-def train(settings: Settings, interruption: Interruption, reporter: Reporter) -> dict[str, Any]:
-    """Train a run to its end, from wherever an earlier attempt left it.
+def train(settings: Settings, interruption: Interruption, read: Read, reporter: Reporter) -> dict[str, Any]:
+    """Train a run to its end, from wherever an earlier attempt left it, on the data that ``read`` returns.
 
     Returns:
         The content of result.json.
@@ -47,7 +47,7 @@ def train(settings: Settings, interruption: Interruption, reporter: Reporter) ->
     stopwatch = Stopwatch()
     with closing(open_store(settings.output)) as runs:
         runs.check()
-        dataset = sources.load(fetch.locate(settings.data, reporter))
+        dataset = read()
         identity = identity_of(settings, dataset.sha256, runs, reporter)
     splits = Splits.of(dataset, settings.holdout)
     with closing(store_of(settings, identity)) as store:

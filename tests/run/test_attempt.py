@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing import event_file_loader
 from tensorboard.compat.proto import event_pb2
 
 from job.console import Reporter
-from job.data import fetch, sources
+from job.data import sources
 from job.data.epoch_plan import EpochPlan
 from job.domain.errors import (
     Diverged,
@@ -92,15 +92,13 @@ class Evaluated(Signal):
 @pytest.fixture(autouse=True)
 def tiny_world(monkeypatch: Any) -> None:
     """108 training images, 30 test images and this process's devices."""
-    monkeypatch.setattr(sources, "load", lambda source: dataset_of())
-    monkeypatch.setattr(fetch, "locate", lambda data, _: data)
     monkeypatch.setattr(sources, "digest_of", lambda source: "5" * 64)
     for connect in ("connect", "connect_alone"):
         monkeypatch.setattr(hardware, connect, lambda settings: cluster_of(settings.replicas or 1))
 
 
 def train(settings: Settings = SETTINGS, signal: Signal | None = None) -> dict[str, Any]:
-    return attempt.train(settings, cast(Any, signal or Signal()), Reporter("plain"))
+    return attempt.train(settings, cast(Any, signal or Signal()), dataset_of, Reporter("plain"))
 
 
 def record_of(run: str) -> Record:

@@ -9,6 +9,7 @@ import pytest
 
 from job.console import Reporter
 from job.data import fetch, sources
+from job.data.ahead import begin_reading
 from job.domain.errors import IdentityConflict
 from job.domain.settings import Settings
 from job.engine import cluster as hardware
@@ -27,7 +28,8 @@ def no_fetch(monkeypatch: Any) -> None:
 
 
 def test_a_run_is_evaluated_on_its_own_data_and_nothing_is_fetched_for_other(monkeypatch: Any) -> None:
-    trained = attempt.train(SETTINGS, cast(Any, Signal()), Reporter("plain"))
+    read = begin_reading(SETTINGS.data, Reporter("plain"))
+    trained = attempt.train(SETTINGS, cast(Any, Signal()), read, Reporter("plain"))
     evaluated = evaluate.evaluate("runs/run", data=None)
     assert evaluated["validation"]["accuracy"] == trained["validation"]["accuracy"]
     Path("official").mkdir()
