@@ -27,10 +27,9 @@ def test_a_local_source_is_read_before_it_is_asked_for() -> None:
 
 
 def test_a_fault_is_raised_by_the_one_who_asks(tmp_path: Path) -> None:
-    (tmp_path / "data_batch_1.bin").write_bytes(b"not a record")
     read = begin_reading(str(tmp_path), Reporter("plain"))
     for _ in range(2):
-        with pytest.raises(MissingInput, match="data_batch_2"):
+        with pytest.raises(MissingInput, match="data_batch_1"):
             read()
 
 
