@@ -197,7 +197,7 @@ def import_run(filters: int = DEFAULTS.network.filters) -> Any:
     require_temporary_folder()
     startup.check_processor()
     startup.set_environment(filters=filters)
-    with startup.quiet(), startup.hidden("matplotlib"):
+    with startup.quiet(), startup.hidden("matplotlib", "scipy"):
         import tensorflow
 
         import job.run.attempt

@@ -39,11 +39,16 @@ def test_what_is_in_a_bucket_or_absent_is_left_to_the_call(
 ) -> None:
     monkeypatch.setenv("JOB_DATA", str(tmp_path / "absent"))
     calls: list[str] = []
-    monkeypatch.setattr(fetch, "fetch", lambda to, **_: calls.append(f"fetch {to}") or to)
-    monkeypatch.setattr(sources, "load", lambda source: calls.append(f"load {source}") or "the data")
-    read = begin_reading(data, Reporter("plain"))
+
+    def note(called: str, place: str) -> str:
+        calls.append(f"{called} {place}")
+        return place
+
+    monkeypatch.setattr(fetch, "fetch", lambda to, **_: note("fetch", to))
+    monkeypatch.setattr(sources, "load", lambda source: note("load", source))
+    read: Any = begin_reading(data, Reporter("plain"))
     assert not calls
-    assert read() == "the data"  # type: ignore[comparison-overlap]
+    assert read() == (data or str(tmp_path / "absent"))
     place = data or str(tmp_path / "absent")
     assert calls == ([] if data else [f"fetch {place}"]) + [f"load {place}"]
 
