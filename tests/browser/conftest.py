@@ -86,7 +86,7 @@ def address(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> Iterat
         try:
             yield wait_until(lambda: address_in(log.read_text()) if serves(log, runs) else None, log)
         finally:
-            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+            os.killpg(process.pid, signal.SIGTERM)  # SIGINT is ignored where a shell runs the tests behind it
 
 
 def address_in(log: str) -> str | None:
