@@ -42,7 +42,7 @@ DEMO   ?= demo
 DEMO_ARGS ?= --blocks 3,3,3 --filters 16 --epochs 10 --batch-size 20
 
 # The experiment: its runs, which shapes and seeds of them, the options of the article's twins
-EXPERIMENT ?= $(OUTPUT)/experiment
+EXPERIMENT ?= $(or $(RUN_OUTPUT),$(OUTPUT))/experiment
 SHAPES  ?= 3,3,3 9,9,9
 FILTERS ?= 16
 SEEDS   ?= 0 1 2
@@ -90,12 +90,13 @@ BUILD        = $(DOCKER) build --build-arg VERSION=$(VERSION) $(BUILD_ARGS) \
 
 # Kubernetes: what k8s-validate checks against, the oldest and the newest version that will do
 KUBERNETES := 1.31 1.37
-NAMESPACE  ?= cifar-residual-job
+# typed, or these: a NAMESPACE or ALL of the environment is meant for other programs
+NAMESPACE  := cifar-residual-job
 OURS       := app.kubernetes.io/part-of=cifar-residual-job
 TRAINING   := app.kubernetes.io/component=training
 DATA_JOB   := app.kubernetes.io/component=data
 OVERLAY    ?=
-ALL        ?=
+ALL        :=
 # the cluster, as kubectl's configuration names it; else its current one
 CONTEXT    ?=
 # where k8s-fetch puts the runs
@@ -146,7 +147,7 @@ tensorboard: $(READY) ## show the runs of RUNS (a folder or gs://...) in a brows
 experiment: $(READY) ## train what is missing of the paired experiment (many hours on two cores), and compare [EXPERIMENT= MODEL= EPOCHS= SEEDS= PRECISION=float32]
 	$(foreach seed,$(SEEDS),$(foreach blocks,$(SHAPES),$(call TWINS,--blocks $(blocks) --filters $(FILTERS) --seed $(seed) --epochs $(or $(EPOCHS),10))))
 	$(call TWINS,$(ARTICLE) --seed 0 --epochs $(or $(EPOCHS),3))
-	$(JOB) compare "$(EXPERIMENT)" --report "$(EXPERIMENT)/report"
+	$(JOB) compare "$(EXPERIMENT)" --report "$(if $(filter gs://%,$(EXPERIMENT)),report,$(EXPERIMENT)/report)"
 
 ##@ Containers
 docker-build: ## build the images for training and for TensorBoard [IMAGE= BUILD_ARGS= DOCKER=podman]
@@ -227,7 +228,7 @@ k8s-rerun: ## make everything again, for changed settings, images or overlays; f
 
 k8s-delete: ## delete everything but the volume with data and runs [ALL=1: that too, for ever]
 ifeq ($(ALL),1)
-	$(SERVER) delete namespace $(NAMESPACE) --ignore-not-found
+	$(SERVER) delete namespaces -l $(OURS) --field-selector metadata.name=$(NAMESPACE) --ignore-not-found
 else
 	$(CLUSTER) delete jobs,deployments,services,networkpolicies,configmaps,serviceaccounts -l $(OURS) --ignore-not-found
 endif

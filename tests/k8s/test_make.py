@@ -242,7 +242,8 @@ def test_delete_keeps_namespace_and_volume_unless_all_shall_go(make: Make, tmp_p
     assert deleted == applied - {"namespace", "persistentvolumeclaim"}
 
     assert make("k8s-delete", "ALL=1").returncode == 0
-    assert calls(tmp_path)[1:] == [f"delete namespace {NAMESPACE} --ignore-not-found"]
+    selected = f"-l app.kubernetes.io/part-of={NAMESPACE} --field-selector metadata.name={NAMESPACE}"
+    assert calls(tmp_path)[1:] == [f"delete namespaces {selected} --ignore-not-found"]
 
 
 def test_logs_are_those_of_one_network(make: Make, tmp_path: Path) -> None:
