@@ -100,8 +100,8 @@ class Reporter:
             self._out.flush()
 
     def tell(self, message: str) -> None:
-        """Print a result on standard output."""
-        print(json_line("INFO", message) if self.writes_json else message, flush=True)
+        """Print a result on standard output, as a line of the log."""
+        show(json_line("INFO", message) if self.writes_json else message)
 
     def log(self, severity: str, message: str) -> None:
         """Write what was logged; a plain line says how bad it is."""
@@ -189,6 +189,12 @@ def json_line(severity: str, message: str, **fields: Any) -> str:
     """One line of a JSON log; ``timestamp`` is RFC 3339, in UTC."""
     timestamp = datetime.now(UTC).isoformat(timespec="milliseconds")
     return json.dumps({"timestamp": timestamp, "severity": severity, "message": message, **fields})
+
+
+def show(text: str) -> None:
+    """Print a result on standard output; a reader that has seen enough, as `head` may have, is no error."""
+    with suppress(BrokenPipeError):
+        print(text, flush=True)
 
 
 def current_reporter() -> Reporter:

@@ -11,7 +11,7 @@ import tensorflow as tf
 from job.data.records import Dataset, Split
 from job.domain.identity import Identity
 from job.domain.network import Network
-from job.domain.recipe import recipe_of
+from job.domain.recipe import RECIPES
 from job.domain.settings import Settings
 from job.engine.cluster import Cluster
 from job.engine.training_step import Trainer
@@ -55,7 +55,7 @@ def dataset_of(train: int = 108, test: int = 30) -> Dataset:
 def identity_of(*, recipe: str = "article", precision: Any = "float32", **settings: Any) -> Identity:
     """The identity of a tiny run."""
     values = {"network": TINY, "batch_size": 8, **settings}
-    return Settings(recipe=recipe_of(recipe), **values).identity(precision=precision, data_sha256="5" * 64)
+    return Settings(recipe=RECIPES[recipe], **values).identity(precision=precision, data_sha256="5" * 64)
 
 
 def trainer_of(

@@ -825,6 +825,27 @@ def test_describe_prints_and_draws(run: Run, tmp_path: Path) -> None:
     assert "must name a .png file, not 'network.svg'" in refused.err
 
 
+@pytest.mark.parametrize(("command", "code"), [("data verify .", 65), ("--help", 0), ("describe --help", 0)])
+def test_a_reader_that_has_seen_enough_changes_no_exit_code(command: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "data_batch_1.bin").write_bytes(b"not a record")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "job", *command.split()],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Broken pipe" not in done.stderr
+
+
 def test_results_go_to_standard_output_and_nothing_else(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """`evaluate` can be piped into a program that reads JSON."""
     from job.run import reader

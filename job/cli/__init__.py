@@ -36,10 +36,9 @@ def main(interruption: Interruption | None = None) -> None:
     """Run the command line and exit with the code that fits."""
     Reporter(_log_format())
     try:
-        cli.main(standalone_mode=False, obj=interruption)
+        code = cli.main(standalone_mode=False, obj=interruption) or 0
+    except SystemExit:  # Click's, of a reader of --help that has seen enough
         code = 0
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
     except click.ClickException as error:
         _tell_usage(error)
         code = error.exit_code

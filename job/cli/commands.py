@@ -20,7 +20,7 @@ from job.cli.options import (
     replicas_option,
     train_options,
 )
-from job.console import Reporter, current_reporter
+from job.console import Reporter, current_reporter, show
 from job.domain.disk import require_temporary_folder
 from job.domain.errors import InvalidData, UsageError
 from job.domain.network import Network
@@ -69,7 +69,7 @@ def evaluate(run: str, data: str | None, replicas: int | None) -> None:
     results = import_run(identity.network.filters).evaluate.evaluate(
         run, data=_named("data"), replicas=replicas, reporter=current_reporter()
     )
-    click.echo(json.dumps(results, indent=1))
+    show(json.dumps(results, indent=1))
 
 
 @cli.command(short_help="Compare runs.")
@@ -97,10 +97,10 @@ def compare(runs: tuple[str, ...], report: str | None, form: str) -> None:
     comparison.require_plots_extra()
     found, skipped = finding.load_runs(runs)
     reports = {"text": comparison.text_report, "json": comparison.json_report}
-    click.echo(reports[form](found, skipped))
+    show(reports[form](found, skipped))
     if report:
         for path in comparison.write_report(found, report, skipped):
-            click.echo(f"wrote {path}", err=form == "json")
+            (show if form == "text" else current_reporter().note)(f"wrote {path}")
 
 
 @cli.command(short_help="Print a network's layers and size.", context_settings=READS_VARIABLES)
@@ -119,9 +119,9 @@ def describe(model: Any, blocks: tuple[int, ...], filters: int, diagram: str | N
         from job.model.diagram import draw
 
         draw(built, diagram)
-    click.echo(networks.describe(built))
+    show(networks.describe(built))
     if diagram:
-        click.echo(f"wrote {diagram}")
+        show(f"wrote {diagram}")
 
 
 @cli.group()
@@ -175,7 +175,7 @@ def grid(file: str, source: str | None, seed: int) -> None:
     from job.data.grid import save_grid
 
     save_grid(file, sources.load(locate(_named("source"), current_reporter())).train, seed=seed)
-    click.echo(f"wrote {file}")
+    show(f"wrote {file}")
 
 
 def _named(parameter: str) -> str | None:

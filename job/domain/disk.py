@@ -60,6 +60,8 @@ def _job_error(error: OSError, failure: str, path: Path) -> JobError:
         )
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return MissingInput(f"{reason}. Name what exists, and leave a run's files in place.")
+    if error.errno in (errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG):
+        return MissingInput(f"{reason}. Name another place.")
     return StorageFailed(f"{reason}. Check the disk, then run the same command again.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 from job.domain.errors import UsageError
@@ -98,12 +98,6 @@ RECIPES = {
         label_smoothing=0.1,
     ),
 }
-
-
-def recipe_of(name: str, learning_rate: float | None = None) -> Recipe:
-    """A recipe by name, with another (peak) learning rate where one is given."""
-    recipe = RECIPES[name]
-    return recipe if learning_rate is None else replace(recipe, learning_rate=learning_rate)
 
 
 def own_recipe(values: Mapping[str, Any]) -> Recipe:

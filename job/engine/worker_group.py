@@ -121,6 +121,7 @@ def _parse_address(text: str) -> tuple[str, int]:
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:\[\]]+)):([0-9]{1,5})", text)
     if match is None or not 0 < int(match[3]) < 1 << 16:
         raise ValueError(f"{text!r} is not host:port")
+    (match[2] or "").encode("idna")  # as it is looked up: no part is empty or longer than 63 characters
     return match[1] or match[2], int(match[3])
 
 

@@ -49,6 +49,7 @@ from job.publish.pictures import confusion_matrix
 Json = Mapping[str, Any]
 
 PREFIX = "events.out.tfevents."
+SEGMENT = re.compile(rf"(train/)?{re.escape(PREFIX)}(?P<step>\d{{10}})(-final)?")
 TRAINING = ("images_per_second", "learning_rate")
 # Category -> chart -> the tags whose lines it overlays, over every run.
 CHARTS = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -108,15 +108,19 @@ class Publication:
         )
 
 
-def names_of_epochs(history: Iterable[dict[str, Any]]) -> set[str]:
-    """Files that these epochs lead to: their segments, and the result of a run that ends with them."""
-    segments = {
-        name
-        for entry in history
-        for names in (events.epoch_segments(entry), events.final_segments(entry["step"]))
-        for name in names.values()
-    }
-    return {MODEL, RESULT} | segments if segments else set()
+def withdraw(store: Store, read: Callable[[Store], Record]) -> None:
+    """Delete what was published of epochs that the record lacks, and the result where it has none.
+
+    The record is read after the list: what was listed had been published of it, or of one before it.
+    """
+    names = [entry.name for entry in store.list()]
+    record = read(store)
+    steps = {0, *(entry["step"] for entry in record.history)}
+    for name in names:
+        segment = events.SEGMENT.fullmatch(name)
+        without_epoch = segment is not None and int(segment["step"]) not in steps
+        if without_epoch or (name in (MODEL, RESULT) and record.finished is None):
+            store.delete(name)
 
 
 def layer_graph(model: keras.Model) -> bytes:

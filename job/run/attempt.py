@@ -171,12 +171,11 @@ class Attempt:
         try:
             self._conclude(lambda record: replace(record, state="interrupted"))
         except StorageFailed as error:
-            lost = f", what came after could not be saved ({error})"
+            if self._chief and not self._chief.commits.has_committed(self._loop.position):
+                lost = f", what came after could not be saved ({error})"
         self._wait_for_chief()
-        kept = what_is_kept(self._chief)
-        raise Interrupted(
-            f"a signal asked the job to stop; {kept}{lost}, run the same command again to continue"
-        )
+        kept = what_is_kept(self._chief) + lost
+        raise Interrupted(f"a signal asked the job to stop; {kept}, run the same command again to continue")
 
     def _wait_for_chief(self) -> None:
         """Hold the other workers until the chief's last revision is there, or the chief is lost."""

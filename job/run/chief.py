@@ -19,7 +19,7 @@ from job.domain.record import Record
 from job.domain.settings import Settings
 from job.model import keras_file
 from job.model.keras_file import State
-from job.publish.publication import Publication, names_of_epochs
+from job.publish.publication import Publication, withdraw
 from job.run.committer import Committer
 from job.run.owner import HeldRun, claim
 from job.run.position import Position
@@ -38,7 +38,6 @@ class Chief:
         config = read_config(run.store) or {}
         self._publication = Publication(run.store, config, sample, twin, read=read_record)
         self._committer = Committer(run, keep=keep, save=self._save, publish=self._publication.publish)
-        self._history_before = run.record.history
 
     @classmethod
     @contextmanager
@@ -85,13 +84,13 @@ class Chief:
         return restored[0] if restored else None
 
     def tidy(self) -> None:
-        """Remove what earlier attempts left, and publish what they did not get to."""
-        epochs = len(self.record.history)
-        self._run.delete_published(names_of_epochs(self._history_before[epochs:]))
+        """Remove what earlier attempts left or published too early, and publish what they did not get to."""
+        store = self._run.store
         self._run.remove_leftovers()
-        # Of the newest record, whoever wrote it: an attempt that was frozen before it withdrew may have
-        # withdrawn what a newer one has published since.
-        self._publication.publish(read_record(self._run.store))
+        # Of the newest record, whoever wrote it: an attempt that was frozen in between may have withdrawn
+        # what a newer one has published since.
+        withdraw(store, read_record)
+        self._publication.publish(read_record(store))
 
     def commit(self, state: State, position: Position, change: Change) -> None:
         """Commit in the background. Raises as :meth:`Committer.submit`."""

@@ -90,7 +90,7 @@ class Committer:
         Raises:
             JobError: what it met.
         """
-        if self._wait() or not self._has_committed(position):
+        if self._wait() or not self.has_committed(position):
             self._commit(*snapshot(), change)
         else:
             self._publish(self._run.append(change))
@@ -116,12 +116,11 @@ class Committer:
             return True
         return False
 
-    def _has_committed(self, position: Position) -> bool:
-        record = self._run.record
-        newest = record.commits[0].progress if record.commits else None
-        if newest is None or len(record.history) != len(position.history):
-            return False
-        return (newest.step, newest.epoch) == (position.progress.step, position.progress.epoch)
+    def has_committed(self, position: Position) -> bool:
+        """Whether the newest commit is of this position."""
+        commits, reached = self._run.record.commits, position.progress
+        newest = commits[0].progress if commits else None
+        return newest is not None and (newest.step, newest.epoch) == (reached.step, reached.epoch)
 
     def _commit(self, state: Any, position: Position, change: Change) -> None:
         started = time.monotonic()
@@ -154,8 +153,12 @@ class Committer:
                 name = self._checkpoint_name(step)
                 try:
                     store.upload(name, path)
-                except AlreadyExists:
+                except AlreadyExists:  # by what arrived damaged
+                    self._run.log.forget({name})
                     continue
+                except StorageFailed:  # it may have arrived, its answer lost
+                    self._run.log.forget({name})
+                    raise
                 return Commit(
                     name=name,
                     size=size,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
@@ -39,6 +40,8 @@ def plan(settings: Settings, reporter: Reporter) -> Iterator[str]:
     source, absent = fetch.find(settings.data)
     train, test = sources.count_images(source)
     with closing(open_store(settings.output)) as runs:
+        if settings.output.startswith("gs://") or Path(settings.output).exists():
+            runs.check(write=False)
         identity = identity_of(settings, sources.digest_of(source), runs, reporter)
     location = join(settings.output, settings.name or identity.default_name)
     yield f"run        {location} ({_found(location, identity, settings)})"

@@ -9,7 +9,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -256,19 +256,13 @@ class HeldRun:
             return
         self.log.prune()
 
-    def delete_published(self, names: Collection[str]) -> None:
-        """Delete what earlier attempts published of epochs that are trained again."""
-        present = {entry.name for entry in self.store.list()} if names else set()
-        for name in present & set(names):
-            self.store.delete(name)
-
     def _poll_fence(self) -> None:
         while not self._closed.wait(FENCE_POLL_SECONDS):
             try:
                 self.log.check_fence()
             except Superseded:
                 self._superseded.set()
-            except (JobError, NotFound):
+            except JobError:
                 continue  # the store's trouble is met, and told, by the next commit
 
     def close(self) -> None:

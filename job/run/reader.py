@@ -126,7 +126,6 @@ def read_newest_commit(
     """Restore the first of these commits that is whole; None where there are none.
 
     Raises:
-        NotFound: the first is gone, which in a living run means that its record has changed.
         InvalidData: there are commits, but none can be read.
     """
     for commit in commits:

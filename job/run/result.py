@@ -36,7 +36,7 @@ def result_of(
         splits: what validated.
         test: loss and accuracy on the test set, where a hold-out validates.
         confusion: of the test set.
-        recalibrated: what :meth:`TrainingLoop.recalibrated` found.
+        recalibrated: as :meth:`TrainingLoop.evaluate_at_end` has it.
     """
     last = position.history[-1]
     highest = max(position.history, key=lambda entry: entry["validation"]["accuracy"])

@@ -98,8 +98,9 @@ class Interruption:
 def leave(code: int) -> None:
     """End the process without TensorFlow's teardown, which can abort or hang after a lost peer."""
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # a full disk, a reader that is gone
+                stream.flush()
         clean_up()
         remove_generated_code()
     finally:

@@ -222,10 +222,9 @@ class GcsStore:
 
     def close(self) -> None:
         self._scratch.close()
-        with self._connecting:
-            if self._client is not None:
-                self._client.close()
-            self._client = None
+        client, self._client = self._client, None  # without the lock: a thread that hangs may hold it
+        if client is not None:
+            client.close()
 
     # -- requests --------------------------------------------------------------------------------------
 

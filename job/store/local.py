@@ -60,7 +60,7 @@ class LocalStore:
             visible = [path for path in self.root.iterdir() if is_visible(path.name)]
             folders = [self.root, *(path for path in visible if path.is_mount())]
         for folder in folders if write else []:
-            self._prove(folder)
+            self._prove_again(folder)
 
     def read(self, name: str) -> bytes:
         path = self._path(name)
@@ -84,7 +84,7 @@ class LocalStore:
 
     def upload(self, name: str, path: Path) -> None:
         target = self._path(name)
-        with disk_errors("write", target), path.open("rb") as source:
+        with disk_errors("read", path), path.open("rb") as source, disk_errors("write", target):
             self._create(target, lambda file: self._copy(source, file))
 
     def replace(self, name: str, data: bytes) -> None:
@@ -94,12 +94,12 @@ class LocalStore:
 
     def copy(self, source: str, target: str) -> None:
         origin, path = self._path(source), self._path(target)
-        with disk_errors("write", path), exclusive.opened(origin) as content:
+        with disk_errors("read", origin), exclusive.opened(origin) as content, disk_errors("write", path):
             self._replace(path, lambda file: self._copy(content, file))
 
     def download(self, name: str, path: Path) -> None:
-        part = path.with_name(f".{secrets.token_hex(8)}")
-        with disk_errors("write", path), exclusive.opened(self._path(name)) as source:
+        origin, part = self._path(name), path.with_name(f".{secrets.token_hex(8)}")
+        with disk_errors("read", origin), exclusive.opened(origin) as source, disk_errors("write", path):
             try:
                 with part.open("xb") as file:
                     self._copy(source, file)
@@ -208,10 +208,17 @@ class LocalStore:
 
     def _copy(self, source: BinaryIO, target: BinaryIO) -> None:
         source.seek(0)
-        while block := source.read(BLOCK_BYTES):
+        while block := _block(source):
             if time.monotonic() > self._end:
                 raise StorageFailed("The time for storage was used up in mid-copy.")
             target.write(block)
+
+    def _prove_again(self, folder: Path) -> None:
+        """Prove a folder; again where that fails, since an attempt that begins meanwhile sweeps our file."""
+        for _ in range(TRIES - 1):
+            with contextlib.suppress(StorageFailed):
+                return self._prove(folder)
+        self._prove(folder)
 
     def _prove(self, folder: Path) -> None:
         """Do once what training does later; see ``Store.check``."""
@@ -246,6 +253,11 @@ class LocalStore:
                 f"The file system of {target.parent} gave one name to two files, so two attempts could both "
                 "believe to own a run. Use another file system, or gs://bucket/prefix."
             )
+
+
+def _block(source: BinaryIO) -> bytes:
+    with disk_errors("read", source.name):
+        return source.read(BLOCK_BYTES)
 
 
 def _size(path: Path) -> int | None:

@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
         (errno.EROFS, PermissionRefused, "no readOnly mount"),
         (errno.ENOSPC, StorageFailed, " MB are free"),
         (errno.EDQUOT, StorageFailed, " MB are free"),
+        (errno.EEXIST, MissingInput, "Name another place"),
+        (errno.ELOOP, MissingInput, "Name another place"),
+        (errno.ENAMETOOLONG, MissingInput, "Name another place"),
         (errno.EIO, StorageFailed, "Check the disk"),
     ],
 )

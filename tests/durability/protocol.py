@@ -23,7 +23,7 @@ from job.domain.errors import StorageFailed, Superseded
 from job.domain.network import Network
 from job.domain.record import Finished, Progress, Record
 from job.domain.settings import Settings
-from job.publish.publication import Publication, names_of_epochs
+from job.publish.publication import Publication, withdraw
 from job.run.committer import Committer
 from job.run.owner import HeldRun, claim, delete_leftovers, find_record
 from job.run.position import Position
@@ -196,10 +196,9 @@ def _train(run: HeldRun, committer: Committer, epochs: int) -> None:
 
 
 def _restore(run: HeldRun) -> tuple[int, Position]:
-    before = run.record.history
     restored = run.restore(load)
-    run.delete_published(names_of_epochs(before[len(run.record.history) :]))
     run.remove_leftovers()
+    withdraw(run.store, read_record)
     publish(run.store, run.record)
     return (restored[0], Position.of(run.record)) if restored else (0, Position())
 

@@ -62,7 +62,7 @@ def test_killed_while_a_finished_run_is_extended(place: tuple[type[Any], str]) -
 
 def test_frozen_before_any_call(place: tuple[type[Any], str]) -> None:
     # Not superseded is only who was frozen after its last revision: the newer one found a complete run.
-    assert freeze_before_every_call(new_store(place)) == 28
+    assert freeze_before_every_call(new_store(place)) == 31
 
 
 def test_every_name_taken(place: tuple[type[Any], str]) -> None:
@@ -141,7 +141,8 @@ def delete_the_result(patch: pytest.MonkeyPatch) -> None:
     inner = HeldRun.remove_leftovers
 
     def remove(self: HeldRun) -> None:
-        self.delete_published({MODEL, RESULT})
+        for name in (MODEL, RESULT):
+            self.store.delete(name)
         inner(self)
 
     patch.setattr(HeldRun, "remove_leftovers", remove)

@@ -17,7 +17,7 @@ from job.store.checksum import crc32c
 from job.store.contract import NotFound, Store
 
 TIMES = {"wall_time", "seconds", "images_per_second"}
-SEGMENT = re.compile(r"(?:train|validation)/events\.out\.tfevents\.(\d{10})")
+SEGMENT = re.compile(r"(?:train/)?events\.out\.tfevents\.(\d{10})(?:-final)?")
 
 
 def without_times(value: Any) -> Any:

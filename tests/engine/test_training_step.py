@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from job.data.epoch_plan import EpochPlan
 from job.data.records import Split
-from job.domain.recipe import recipe_of
+from job.domain.recipe import RECIPES
 from job.engine.device_split import DeviceSplit, my_share
 from job.engine.prediction import Predictions
 from job.engine.training_step import Trainer
@@ -312,7 +312,7 @@ def test_label_smoothing_matches_numpy() -> None:
 
 def test_the_rate_follows_its_schedule() -> None:
     def rates(name: str, total: int = 100) -> list[float]:
-        return [recipe_of(name, 0.5).rate(step, total) for step in range(total)]
+        return [replace(RECIPES[name], learning_rate=0.5).rate(step, total) for step in range(total)]
 
     np.testing.assert_allclose(rates("article"), np.full(100, 0.5))
     np.testing.assert_allclose(rates("he"), np.repeat([0.5, 0.05, 0.005], [50, 25, 25]))

@@ -282,7 +282,7 @@ def test_the_policy_is_one_that_the_server_accepts_and_leaves_unchanged(variant:
         assert indexed or "backoffLimitPerIndex" not in spec
         assert ("backoffLimit" in spec) != ("backoffLimitPerIndex" in spec)
         lasting = any(rule["action"] == "FailIndex" for rule in rules)
-        # Where a pod can do without the others, its failure is its own; else the first that fails ends the Job.
+        # Where a pod can do without the others its failure is its own, else the first to fail ends the Job.
         assert lasting == ("backoffLimitPerIndex" in spec and "maxFailedIndexes" not in spec)
         assert spec.get("maxFailedIndexes", 0) == 0
         assert spec["activeDeadlineSeconds"] > 0
@@ -625,11 +625,11 @@ def test_queued_jobs_are_labelled_for_a_queue_that_the_readme_makes(variant: str
         queue = workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
         assert re.search(rf"kind: LocalQueue\nmetadata:\n  name: {queue}\n", readme)
         # Kueue never admits a Job that asks for a resource which the queue does not cover.
-        covered = set(re.search(r"coveredResources: \[(.*)\]", readme)[1].split(", "))
+        (resources,) = re.findall(r"coveredResources: \[(.*)\]", readme)
+        covered = set(resources.split(", "))
         assert set(re.findall(r"- name: (\S+)\n +nominalQuota", readme)) == covered
         for container in workload["spec"]["template"]["spec"]["containers"]:
-            resources = container["resources"]
-            assert {*resources["requests"], *resources["limits"]} <= covered
+            assert {*container["resources"]["requests"], *container["resources"]["limits"]} <= covered
 
 
 def test_the_number_of_workers_stands_in_one_place(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing import event_file_loader
 from tensorboard.compat.proto import event_pb2
 
 from job.console import Reporter
-from job.data import sources
+from job.data import fetch, sources
 from job.data.epoch_plan import EpochPlan
 from job.domain.errors import (
     Diverged,
@@ -34,7 +34,7 @@ from job.domain.errors import (
 )
 from job.domain.identity import Identity
 from job.domain.network import CLASSES
-from job.domain.recipe import recipe_of
+from job.domain.recipe import RECIPES
 from job.domain.record import Record
 from job.domain.settings import Cadence, Settings
 from job.engine import cluster as hardware
@@ -42,7 +42,8 @@ from job.engine import devices
 from job.engine.training_step import Trainer
 from job.model import keras_file
 from job.publish import events
-from job.run import attempt, cadence, evaluate, loop, peers, position
+from job.publish.publication import Publication
+from job.run import attempt, cadence, chief, evaluate, loop, peers, position
 from job.run.committer import Committer
 from job.run.reader import read_config, read_record
 from job.store.local import LocalStore
@@ -92,6 +93,8 @@ class Evaluated(Signal):
 @pytest.fixture(autouse=True)
 def tiny_world(monkeypatch: Any) -> None:
     """108 training images, 30 test images and this process's devices."""
+    monkeypatch.setattr(sources, "load", lambda source: dataset_of())  # of `evaluate`
+    monkeypatch.setattr(fetch, "locate", lambda data, _: data)
     monkeypatch.setattr(sources, "digest_of", lambda source: "5" * 64)
     for connect in ("connect", "connect_alone"):
         monkeypatch.setattr(hardware, connect, lambda settings: cluster_of(settings.replicas or 1))
@@ -213,7 +216,7 @@ def test_a_finished_run_says_so_and_mends_its_files() -> None:
 def test_interrupted_anywhere_it_ends_with_the_bits_of_an_undisturbed_run(
     recipe: Any, after_calls: Any, monkeypatch: Any
 ) -> None:
-    settings = replace(SETTINGS, recipe=recipe_of(recipe))
+    settings = replace(SETTINGS, recipe=RECIPES[recipe])
     train(replace(settings, name="whole"))
     monkeypatch.setattr(loop, "CALL_SECONDS", 1e-9)  # one step a call
     with pytest.raises(Interrupted, match="run the same command again"):
@@ -350,7 +353,7 @@ def test_a_finished_result_stays_while_the_run_is_extended(monkeypatch: Any) -> 
 
 
 def test_a_schedule_that_depends_on_the_length_is_not_extended() -> None:
-    he = replace(SETTINGS, recipe=recipe_of("he"), epochs=1)
+    he = replace(SETTINGS, recipe=RECIPES["he"], epochs=1)
     train(he)
     with pytest.raises(IdentityConflict, match="epochs: 1, not 2"):
         train(replace(he, epochs=2))
@@ -553,14 +556,41 @@ def test_a_smaller_last_batch_does_not_lengthen_the_calls_after_it(monkeypatch: 
     assert calls == [1, 1, 3, 1, 1, 3, 3, 1]
 
 
+def test_a_signal_whose_commit_could_not_be_published_has_saved_everything(monkeypatch: Any) -> None:
+    publish = Publication.publish
+
+    def fail(publication: Publication, record: Record) -> None:
+        if record.state == "interrupted":
+            raise StorageFailed("the time for storage was used up")
+        publish(publication, record)
+
+    monkeypatch.setattr(Publication, "publish", fail)
+    monkeypatch.setattr(loop, "CALL_SECONDS", 1e-9)  # calls of one step
+    with pytest.raises(Interrupted, match="step 3 is committed, run the same"):
+        train(SETTINGS, Signal(after_calls=3))
+
+
 def damage_newest_commit(run: str) -> None:
     Path(run, record_of(run).commits[0].name).write_bytes(b"garbage")
 
 
-def test_epochs_that_are_trained_again_are_shown_as_they_were_trained_last() -> None:
+@pytest.mark.parametrize("outage", [False, True], ids=["at once", "after an outage"])
+def test_epochs_that_are_trained_again_are_shown_as_they_were_trained_last(
+    outage: bool, monkeypatch: Any
+) -> None:
     train()
     before = record_of("runs/run").history
     damage_newest_commit("runs/run")
+
+    def fail(*_: Any) -> None:
+        raise StorageFailed("after the record was cut, before what it has no more was withdrawn")
+
+    if outage:
+        with monkeypatch.context() as patch:
+            patch.setattr(chief, "withdraw", fail)
+            with pytest.raises(StorageFailed, match="after the record was cut"):
+                train(replace(SETTINGS, epochs=3))
+        assert len(record_of("runs/run").history) == 1
     train(replace(SETTINGS, epochs=3))
     after = record_of("runs/run").history
     assert [entry["step"] for entry in after] == [7, 14, 21]
@@ -631,7 +661,7 @@ def test_workers_take_the_chiefs_precision_and_nothing_else() -> None:
         (replace(SETTINGS, seed=1), "seed: 0, not 1"),
         (replace(SETTINGS, epochs=3), "epochs: 2, not 3"),
         (replace(SETTINGS, name="other"), "name: 'run', not 'other'"),
-        (replace(SETTINGS, recipe=recipe_of("article", 0.5)), "recipe_values: "),
+        (replace(SETTINGS, recipe=replace(RECIPES["article"], learning_rate=0.5)), "recipe_values: "),
     ):
         with pytest.raises(IdentityConflict, match=f"worker 1 was asked for another run .*{message}"):
             peers.agreed_identity(mine, SETTINGS, worker(1, other))

@@ -13,7 +13,7 @@ import pytest
 
 from job.console import Reporter
 from job.data import fetch, sources
-from job.domain.errors import IdentityConflict, Superseded, UsageError
+from job.domain.errors import IdentityConflict, MissingInput, Superseded, UsageError
 from job.domain.identity import Identity
 from job.domain.settings import Settings
 from job.engine import cluster as hardware
@@ -99,6 +99,12 @@ def test_data_that_would_be_fetched_is_not(monkeypatch: Any) -> None:
     assert told["data"] == "data (would be fetched first: 50,000 training images, 10,000 test images)"
     assert told["devices"] == "test CPU, in each of 2 workers"
     assert told["steps"] == "450 an epoch, 1,350 in all"
+
+
+def test_an_output_that_is_a_file_is_refused() -> None:
+    Path("taken").write_text("a file")
+    with pytest.raises(MissingInput, match="taken must be a folder, but it is a file"):
+        plan(replace(SETTINGS, output="taken"))
 
 
 def test_what_could_not_be_trained_is_refused() -> None:

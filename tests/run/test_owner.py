@@ -421,6 +421,25 @@ def test_a_name_that_is_taken_by_damaged_bytes_is_replaced_by_another(
         owned.commit(6)
 
 
+def test_a_checkpoint_whose_answer_was_lost_for_good_goes_with_the_next_commit(
+    store: LocalStore, own: Callable[..., Owner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No record can name it, so it would stay until another attempt comes."""
+    owned, inner = own(), store.upload
+
+    def upload(name: str, path: Path) -> None:
+        inner(name, path)
+        raise StorageFailed("the answer was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "upload", upload)
+        with pytest.raises(StorageFailed, match="the answer was lost"):
+            owned.commit(3)
+    assert len(store.list("checkpoints/")) == 1
+    owned.commit(6)
+    assert [entry.name for entry in store.list("checkpoints/")] == [owned.run.record.commits[0].name]
+
+
 def test_a_revision_whose_answer_was_lost_is_ours(
     store: LocalStore, own: Callable[..., Owner], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from job.domain.errors import MissingInput
-from job.store import exclusive
+from job.domain.disk import disk_errors
+from job.domain.errors import MissingInput, StorageFailed
+from job.store import exclusive, local
 from job.store.contract import AlreadyExists, NotFound
 from job.store.local import LocalStore
 from tests.store.conftest import (
@@ -301,6 +303,43 @@ def test_a_file_that_is_swept_while_its_owner_lives_is_written_again(
         later.begin_attempt(2)  # what the frozen owner left of the file that was swept under it
         assert hidden(owner.root) == []
     assert step >= 6
+
+
+@pytest.mark.usefixtures("links_or_not")
+def test_check_finds_no_fault_where_another_attempt_begins_meanwhile(tmp_path: Path, opened: Open) -> None:
+    """Of two that start at once, one sweeps the file by which the other proves the file system."""
+    for step in range(1000):
+        mine, other = opened(tmp_path / str(step)), opened(tmp_path / str(step))
+        finished = at_call(step, lambda other=other: other.begin_attempt(1))  # type: ignore[misc]
+        mine.check()
+        if not finished():
+            break
+        other.begin_attempt(1)
+        assert hidden(mine.root) == []
+    assert step >= 10
+
+
+@pytest.mark.parametrize("act", ["download", "copy", "upload"])
+def test_what_cannot_be_read_is_said_to_be_unreadable(
+    act: str, tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad block under a checkpoint: not the place where its copy goes is at fault."""
+    store = opened(tmp_path / "run")
+    store.create("checkpoints/a", b"content")
+    source = store.root / "checkpoints" / "a"
+
+    def read(file: Any) -> bytes:
+        with disk_errors("read", file.name):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(local, "_block", read)
+    calls = {
+        "download": lambda: store.download("checkpoints/a", tmp_path / "copy"),
+        "copy": lambda: store.copy("checkpoints/a", "model.keras"),
+        "upload": lambda: store.upload("checkpoints/b", source),
+    }
+    with pytest.raises(StorageFailed, match=f"^cannot read {re.escape(str(source))}: Input/output error"):
+        calls[act]()
 
 
 def test_a_sweep_that_freezes_in_the_middle_leaves_its_victim_no_half(

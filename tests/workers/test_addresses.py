@@ -104,6 +104,8 @@ def test_a_tf_config_that_is_none_is_refused(
         ("0", "a:1,b:1,c:1", r"host:port of 2 workers, not 'a:1,b:1,c:1'"),
         ("0", "a,b", r"host:port of 2 workers, not 'a,b'"),
         ("0", "a:1,b:99999", r"host:port of 2 workers, not 'a:1,b:99999'"),
+        ("0", "a:1,b..c:1", r"host:port of 2 workers, not 'a:1,b..c:1'"),
+        ("0", f"a:1,{'b' * 64}:1", r"host:port of 2 workers, not 'a:1,b*:1'"),
         ("2", "a:1,b:1", r"JOB_COMPLETION_INDEX must be from 0 to 1.*not '2'"),
     ],
 )
