@@ -75,18 +75,17 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 def install(spec: dict[str, Any]) -> None:
     """Wrap the stores, the loop and the checkpoint's writer."""
     stop = Stop(spec)
-    from job.data import sources
     from job.engine import worker_group
     from job.engine.training_step import Trainer
     from job.model import keras_file
-    from job.run import chief, loop
+    from job.run import attempt, chief, loop
     from job.store.exclusive import Names
     from job.store.gcs import GcsStore
     from job.store.local import LocalStore
 
     loop.CALL_SECONDS = CALL_SECONDS
     around = functools.partial(_around, stop)
-    wrap(sources, "load", around("load", "loaded"))
+    wrap(attempt, "train", functools.partial(_reading, stop))
     wrap(worker_group, "meet", around("meet", "met"))
     wrap(worker_group, "unreachable", around("look", "looked"))
     wrap(chief, "claim", around("claim", "claimed"))
@@ -131,6 +130,20 @@ def _around(stop: Stop, before: str, after: str) -> Callable[..., Any]:
         return answer
 
     return run
+
+
+def _reading(
+    stop: Stop, inner: Callable[..., Any], settings: Any, interruption: Any, read: Any, reporter: Any
+) -> Any:
+    """The data is asked for; it is read since before TensorFlow was imported."""
+
+    def asked_for() -> Any:
+        stop.at("load")
+        dataset = read()
+        stop.at("loaded")
+        return dataset
+
+    return inner(settings, interruption, asked_for, reporter)
 
 
 def _upload(stop: Stop, inner: Callable[..., Any], store: Any, name: str, path: Path) -> Any:

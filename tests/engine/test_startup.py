@@ -92,6 +92,17 @@ def test_bfloat16_is_chosen_where_onednn_computes_it_faster(
     assert devices.resolve_precision("float16", filters=filters) == "float16"
 
 
+@pytest.mark.parametrize(("flags", "warnings"), [(AVX512, 0), ({"avx2"}, 1)], ids=["AVX-512", "AVX2"])
+def test_bfloat16_that_adds_up_in_bfloat16_is_warned_of(
+    flags: Any, warnings: int, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(startup, "processor_line", lambda name: " ".join(flags))
+    assert devices.resolve_precision("bfloat16", filters=16) == "bfloat16"
+    assert caplog.text.count("adds up in bfloat16: float32 is faster and more accurate") == warnings
+    assert devices.resolve_precision("float32", filters=16) == "float32"
+    assert len(caplog.records) == warnings
+
+
 def test_without_onednn_bfloat16_is_not_chosen(monkeypatch: Any) -> None:
     lines = {"vendor_id": "AuthenticAMD", "flags": " ".join(BFLOAT16)}
     monkeypatch.setattr(startup, "processor_line", lambda name: lines[name])

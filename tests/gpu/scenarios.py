@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from job.engine.startup import adds_bfloat16_in_float32
 from job.store.local import LocalStore
 from tests.durability.jobs import ROOT, Job
 from tests.workers.groups import free_ports
@@ -44,7 +45,9 @@ class Device:
 
     def computes(self, precision: str) -> bool:
         """Whether TensorFlow's convolutions know this precision there."""
-        return precision != "bfloat16" or self.kind == "CPU" or self.capability >= (8, 0)
+        if precision != "bfloat16":
+            return True
+        return self.capability >= (8, 0) if self.kind == "GPU" else adds_bfloat16_in_float32()
 
 
 def first_gpu() -> Device | None:
