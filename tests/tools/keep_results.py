@@ -395,7 +395,8 @@ def _conditions(runs: Sequence[RunSummary]) -> str:
         "and the training time is what all epochs take at that speed, without evaluation; `compare` shows "
         f"the time that training and evaluation really took. Versions: {'; '.join(versions)}. Each run's "
         "history, result and confusion matrix are in `docs/experiment`. On a processor without bfloat16, "
-        "`make experiment PRECISION=float32` is faster and more accurate; its runs cannot be paired with these."
+        "`make experiment PRECISION=float32` is faster and more accurate; its runs cannot be paired with "
+        "these."
     )
 
 
