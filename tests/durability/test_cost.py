@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.contenders import WORKLOADS
+from tests.benchmarks.measures import bare_first_step
 from tests.durability.conftest import Place
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
@@ -17,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 SHAPE = ("--blocks", "3,3,3", "--filters", "16")
 STEPS_OF_AN_EPOCH = 391  # of 128 of all 50,000 images
 LARGEST_SHARE = 0.01
-LONGEST_RESUME_SECONDS = 15.0
+LONGEST_RESUME = 1.6  # times what TensorFlow's import and the bare first step take on this machine
 
 
 def test_the_loop_is_blocked_for_a_hundredth_of_an_epoch_at_most(
@@ -46,10 +48,11 @@ def test_the_loop_is_blocked_for_a_hundredth_of_an_epoch_at_most(
 def test_a_resumed_process_soon_trains(place_in: Callable[[str], Place], tmp_path: Path) -> None:
     place = place_in(str(tmp_path / "runs"))
     place.stopped_at("appended", 2, *SHAPE).kill()
+    longest = LONGEST_RESUME * bare_first_step(WORKLOADS["small"])
     started = time.monotonic()
     job = place.start(*SHAPE, cold=True, clock=True)
     while "clock step" not in job.text:
-        assert time.monotonic() - started <= LONGEST_RESUME_SECONDS, job.text
+        assert time.monotonic() - started <= longest, job.text
         time.sleep(0.05)
     assert "continuing from step" in job.text
     job.kill()
