@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops
 
-from job.domain.errors import StorageFailed, UsageError
+from job.domain.errors import MissingInput, UsageError
 from job.domain.network import Network
 from job.model import diagram, networks
 from job.model.diagram import Block, Convolution, draw, stages
@@ -198,5 +198,5 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageFailed, match="file"):
+    with pytest.raises(MissingInput, match=r"file: File exists\. Name another place"):
         draw(build(Network(blocks=(1,), filters=4)), str(tmp_path / "file" / "network.png"))
