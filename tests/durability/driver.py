@@ -91,6 +91,7 @@ def install(spec: dict[str, Any]) -> None:
     wrap(chief, "claim", around("claim", "claimed"))
     wrap(Trainer, "train_steps", around("call", "called"))
     wrap(Trainer, "predict", around("predict", "predicted"))
+    wrap(loop.TrainingLoop, "_move_on", _telling_the_step)
     wrap(keras_file, "save", functools.partial(_half_written, stop))
     for store in (LocalStore, GcsStore):
         wrap(store, "create", functools.partial(_create, stop))
@@ -144,6 +145,12 @@ def _reading(
         return dataset
 
     return inner(settings, interruption, asked_for, reporter)
+
+
+def _telling_the_step(inner: Callable[..., Any], training: Any, *arguments: Any, **options: Any) -> None:
+    """Say how far training has come, which runs on beside a commit."""
+    inner(training, *arguments, **options)
+    print(f"driver: trained step {training.position.progress.step}", flush=True)
 
 
 def _upload(stop: Stop, inner: Callable[..., Any], store: Any, name: str, path: Path) -> Any:

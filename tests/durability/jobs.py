@@ -40,6 +40,11 @@ class Job:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    @property
+    def trained_step(self) -> int:
+        """How far training has come; only a process with a point tells."""
+        return int(self.text.rpartition("driver: trained step ")[2].split()[0])
+
     def send(self, number: int) -> float:
         """Signal the process and return the moment."""
         os.kill(self.pid, number)

@@ -156,12 +156,19 @@ def test_a_bucket_that_does_not_answer_costs_the_last_steps_and_not_the_exit_cod
 def test_a_revision_whose_answer_is_lost_before_an_outage_is_not_taken_for_a_newer_attempts(
     place: Place, reference: Outcome, server: Gateway | None
 ) -> None:
-    """The commit is stored, nobody says so, and the signal finds storage that is out."""
+    """The commit is stored, nobody says so, and the signal finds storage that is out.
+
+    Nothing is said to be lost only where the record holds all: the last epoch's commit can be the second
+    whose answer is lost, and then be found.
+    """
     with place.losing_an_answer(server) as job:
         assert interrupt(job) < GRACE_SECONDS
-    assert "could not be saved" in job.text
+    saved = read_record(place.store).commits[0].progress.step
+    assert saved >= 6
+    if "could not be saved" not in job.text:
+        assert saved == job.trained_step
+        assert f"step {saved} is committed" in job.text
     assert "a newer attempt" not in job.text
-    assert read_record(place.store).commits[0].progress.step >= 6
     check_readers_are_safe(place.store)
     place.finish()
     check_same_outcome(place.store, reference)
