@@ -2,13 +2,14 @@
 #   docker build -t cifar-residual-job .                                      the job (the last stage)
 #   docker build -t cifar-residual-job-tensorboard --target tensorboard .     TensorBoard, without TensorFlow
 # Any Debian or Ubuntu with Python 3.11 to 3.13 serves as a base. For the CPU alone, 2 GB instead of 7:
-#   docker build --build-arg BASE_IMAGE=ubuntu:24.04 --build-arg REQUIREMENTS=requirements/cpu.lock .
+#   docker build --build-arg BASE_IMAGE=docker.io/library/ubuntu:24.04 --build-arg REQUIREMENTS=requirements/cpu.lock .
 
 # The host brings the GPU's driver, and Python packages bring CUDA 12.9, cuDNN, NCCL and ptxas. So NVIDIA's smallest
 # flavour is enough: it tells the container runtime which drivers suit, and helps older ones along.
-ARG BASE_IMAGE=nvidia/cuda:12.9.1-base-ubuntu24.04
+# Both bases by their whole names: podman completes none.
+ARG BASE_IMAGE=docker.io/nvidia/cuda:12.9.1-base-ubuntu24.04
 # TensorBoard has no use for CUDA.
-ARG TENSORBOARD_BASE_IMAGE=ubuntu:24.04
+ARG TENSORBOARD_BASE_IMAGE=docker.io/library/ubuntu:24.04
 # Pinned and hashed by `make lock`.
 ARG REQUIREMENTS=requirements/gpu.lock
 

@@ -71,6 +71,8 @@ DOCKER      ?= docker
 PORT        ?= 6006
 # a tilde that the shell has left as it is
 $(foreach name,DATA RUNS DEMO EXPERIMENT OUTPUT,$(eval override $(name) := $$(patsubst ~/%,$$(HOME)/%,$$($(name)))))
+# of the images, e.g. linux/amd64; docker-push has that by default, as the cluster's nodes do
+PLATFORM    ?=
 # further options of the engine's `build` and `run`
 BUILD_ARGS  ?=
 DOCKER_ARGS ?=
@@ -84,7 +86,7 @@ IMAGE_TAG    = $(call TAG_OF,$(IMAGE))
 JOB_IMAGE    = $(IMAGE_NAME)$(if $(call DIGEST_OF,$(IMAGE)),@$(call DIGEST_OF,$(IMAGE)),:$(IMAGE_TAG))
 # follows the job's name and tag; a digest of its own needs BOARD_IMAGE=name@sha256:...
 BOARD_IMAGE ?= $(IMAGE_NAME)-tensorboard:$(IMAGE_TAG)
-BUILD        = $(DOCKER) build --build-arg VERSION=$(VERSION) $(BUILD_ARGS) \
+BUILD        = $(DOCKER) build $(if $(PLATFORM),--platform $(PLATFORM)) --build-arg VERSION=$(VERSION) $(BUILD_ARGS) \
                --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown) \
                --build-arg CREATED=$(shell git log -1 --format=%cI 2>/dev/null || echo unknown)
 
@@ -168,9 +170,9 @@ docker-tensorboard: ## show the runs of OUTPUT (a folder or gs://...) at localho
 	$(DOCKER) run "$$@" --publish 127.0.0.1:$(PORT):6006 $(DOCKER_ARGS) $(BOARD_IMAGE) \
 		--logdir $(if $(filter gs://%,$(OUTPUT)),$(OUTPUT),/runs) $(ARGS)
 
-docker-push: ## build both images and push them to IMAGE=registry/name[:tag]
+docker-push: ## build both images for x86-64 and push them to IMAGE=registry/name[:tag] [PLATFORM=]
 	@test -n "$(findstring /,$(IMAGE))" || { echo "IMAGE must name a registry, but is \"$(IMAGE)\"; example: make docker-push IMAGE=registry.example/team/cifar-residual-job" >&2; exit 2; }
-	$(MAKE) --no-print-directory docker-build
+	$(MAKE) --no-print-directory docker-build PLATFORM=$(or $(PLATFORM),linux/amd64)
 	$(DOCKER) push $(JOB_IMAGE)
 	$(DOCKER) push $(BOARD_IMAGE)
 
@@ -316,11 +318,11 @@ $(VENV)/torch/bin/python -m pip install --quiet --disable-pip-version-check --on
 	-r tests/benchmarks/requirements-torch.lock
 endef
 
-SUITS = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+SUITS = import ensurepip, sys, venv; sys.exit(sys.platform != "linux" or not (3, 11) <= sys.version_info[:2] <= (3, 13))
 define NO_PYTHON
 { \
-	echo "TensorFlow 2.21 and this job need Python 3.11, 3.12 or 3.13 with its venv module"; \
-	echo "(Debian and Ubuntu: apt-get install python3-venv). What was found does not do:"; \
+	echo "TensorFlow 2.21 and this job need Linux (elsewhere: make docker-run) and Python 3.11, 3.12 or 3.13"; \
+	echo "with its venv module (Debian and Ubuntu: apt-get install python3-venv). What was found does not do:"; \
 	for python in $(PYTHONS); do \
 		echo "  $$python: $$("$$python" --version 2>/dev/null || echo not installed)"; \
 	done; \

@@ -272,6 +272,15 @@ def test_push_sends_both_images_under_the_given_name(house: House, image: str, t
     built = [call for call in house.calls() if call[0] == "build"]
     assert [call[call.index("--tag") + 1] for call in built] == both
     assert all(f"VERSION={job.__version__}" in call for call in built)
+    assert [values(call, "--platform") for call in built] == [["linux/amd64"]] * 2  # as the cluster's nodes
+
+
+def test_images_are_built_for_this_machine_unless_a_platform_is_named(house: House) -> None:
+    for given, platforms in (([], []), (["PLATFORM=linux/arm64"], ["linux/arm64"])):
+        (house.folder / "calls").unlink(missing_ok=True)
+        made = house.make("docker-build", *given)
+        assert made.returncode == 0, made.stderr
+        assert [values(call, "--platform") for call in house.calls()] == [platforms] * 2
 
 
 class TestForReal:
