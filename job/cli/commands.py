@@ -197,6 +197,7 @@ def import_run(filters: int = DEFAULTS.network.filters) -> Any:
     require_temporary_folder()
     startup.check_processor()
     startup.set_environment(filters=filters)
+    startup.load_cusolver()
     with startup.quiet(), startup.hidden("matplotlib", "scipy"):
         import tensorflow
 

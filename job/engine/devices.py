@@ -15,6 +15,12 @@ from job.domain.settings import Settings
 from job.engine import startup
 
 log = logging.getLogger("job")
+
+DRIVER = "/proc/driver/nvidia/version"  # exists where NVIDIA's driver is loaded
+NEEDS = (
+    "check the driver, the container's GPU access (docker run --gpus all; nvidia.com/gpu in a pod), and "
+    "CUDA's libraries (the image has them; else pip install 'tensorflow[and-cuda]==2.21.*')"
+)
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -54,9 +60,11 @@ def take_devices(settings: Settings, *, workers: int = 1) -> Devices:
         return _take_gpus(gpus)
     if settings.require_gpu:
         raise ResourceUnavailable(
-            "--require-gpu: TensorFlow sees no GPU on this machine; check the driver and the container's GPU "
-            "access (docker run --gpus all; nvidia.com/gpu in a pod), or leave the option out to use the CPU"
+            f"--require-gpu: TensorFlow sees no GPU on this machine; {NEEDS}, or leave the option out to use "
+            "the CPU"
         )
+    if os.path.exists(DRIVER) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        log.warning("TensorFlow sees no GPU, though NVIDIA's driver is here; for one %s", NEEDS)
     replicas = settings.replicas or 1
     if workers > 1 and replicas > 1:
         raise UsageError(

@@ -100,5 +100,5 @@ class Predictor:
 
 
 def predicted_class(logits: tf.Tensor) -> tf.Tensor:
-    """The class [N] of the largest of ``logits`` [N, classes]."""
-    return tf.argmax(logits, axis=1, output_type=tf.int32)
+    """The class [N], int64, of the largest of ``logits`` [N, classes]."""
+    return tf.argmax(logits, axis=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
+import importlib.util
 import os
 import subprocess
 import sys
@@ -55,6 +57,20 @@ def set_environment(*, filters: int) -> None:
     os.environ["KERAS_BACKEND"] = "tensorflow"  # what else the user may use Keras with
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1" if fills_vectors(filters) else "0")
+
+
+def load_cusolver() -> None:
+    """Load the one library of CUDA that TensorFlow 2.21 does not find where pip has put it, if it is there.
+
+    TensorFlow loads CUDA's libraries by their names and looks in the packages beside its own, but not in
+    that of cuSOLVER (RUNPATH of ``libtensorflow_framework.so.2``), and one that is missing hides every GPU
+    (``TryDlopenCUDALibraries``). A name that is loaded is found.
+    """
+    spec = importlib.util.find_spec("tensorflow")
+    for packages in spec.submodule_search_locations or [] if spec else []:
+        for library in Path(packages).parent.glob("nvidia/cusolver/lib/libcusolver.so.*"):
+            with suppress(OSError):  # without what it needs itself; the devices say that there is no GPU
+                ctypes.CDLL(str(library))
 
 
 def fills_vectors(filters: int) -> bool:

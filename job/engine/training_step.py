@@ -73,7 +73,7 @@ class Trainer:
             self.optimizer = _make_optimizer(identity.recipe)
             self.optimizer.build(self.network.trainable_variables)
             self._loss_scale = tf.Variable(LOSS_SCALE_START, trainable=False)
-            self._finite_steps = tf.Variable(0, trainable=False)
+            self._finite_steps = tf.Variable(0, trainable=False, dtype=tf.int64)  # GPUs hold no int32
         self._logits = keras.Model(self.network.input, self.network.get_layer("logits").output)
         self._predictor = Predictor(self._logits, cluster)
         self.train_split = DeviceSplit(train, self._strategy)
@@ -278,7 +278,8 @@ def crop_and_flip(images: tf.Tensor, offsets: tf.Tensor, flips: tf.Tensor, *, pa
         padding: pixels on each side.
     """
     padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
-    window = tf.range(IMAGE_SIZE)
+    window = tf.range(IMAGE_SIZE, dtype=tf.int64)  # int32 is added on the host alone
+    offsets = tf.cast(offsets, tf.int64)
     columns = tf.where(flips[:, None], IMAGE_SIZE - 1 - window, window) + offsets[:, 1, None]  # [N, 32]
     rows = window + offsets[:, 0, None]
     return tf.gather(tf.gather(padded, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import tensorflow as tf
 
 from job.domain.errors import ResourceUnavailable, UsageError
 from job.domain.settings import Settings
+from job.engine import devices
 from job.engine.devices import Devices, check_strategy, resolve_precision, take_devices
 from job.engine.worker_group import WorkerGroup, _resolver
 from tests.support import cluster_of
@@ -77,6 +79,24 @@ def test_several_cpu_devices_in_each_of_several_workers_are_refused() -> None:
 def test_a_required_gpu_that_is_missing_is_named() -> None:
     with pytest.raises(ResourceUnavailable, match="--require-gpu: TensorFlow sees no GPU"):
         take_devices(Settings(require_gpu=True))
+
+
+def test_a_gpu_that_the_driver_has_and_tensorflow_has_not_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where CUDA's libraries are not installed; not where somebody hides the GPUs."""
+    monkeypatch.setattr(devices, "_take_cpus", lambda replicas: Devices("CPU", ("one",)))
+    for driver, visible, warned in (
+        (False, "0", False),
+        (True, "-1", False),
+        (True, "", False),
+        (True, "0", True),
+    ):
+        monkeypatch.setattr(devices, "DRIVER", str(tmp_path if driver else tmp_path / "none"))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        caplog.clear()
+        take_devices(Settings())
+        assert ("TensorFlow sees no GPU, though NVIDIA's driver is here" in caplog.text) == warned
 
 
 def test_the_start_refuses_a_strategy_over_other_devices_than_it_claims() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from job.domain.errors import ResourceUnavailable
 from job.engine import devices, startup
+from tests.durability.jobs import ROOT
 
 AVX2 = {"avx2", "fma"}
 AVX512 = {*AVX2, "avx512f"}
@@ -40,6 +42,30 @@ def test_a_processor_that_tensorflow_cannot_use_is_refused_before_its_import(mon
     monkeypatch.setattr(startup, "processor_flags", lambda: {"sse4_2"})
     with pytest.raises(ResourceUnavailable, match="needs a processor with AVX"):
         startup.check_processor()
+
+
+def test_cusolver_is_loaded_from_beside_tensorflow_which_then_finds_it_by_its_name(tmp_path: Path) -> None:
+    """Any library stands for it; one that cannot be loaded does no harm, and none is needed."""
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").touch()
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from job.engine import startup; startup.load_cusolver()\n"
+        "print('libcusolver.so.11' in open('/proc/self/maps').read(), 'tensorflow' in sys.modules)"
+    )
+    library = tmp_path / "nvidia/cusolver/lib/libcusolver.so.11"
+    library.parent.mkdir(parents=True)
+    for content, loaded in (
+        (None, False),
+        (b"no library", False),
+        (Path(_ctypes.__file__).read_bytes(), True),
+    ):
+        if content is not None:
+            library.write_bytes(content)
+        told = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert told.stdout.split() == [str(loaded), "False"], told.stderr
 
 
 def test_keras_computes_by_tensorflow_whatever_else_the_user_does_with_it(monkeypatch: Any) -> None:

@@ -28,6 +28,8 @@ MEMORY_MB = 1024  # of a logical GPU; the small network needs a part of it
 FIRST_STEPS = 5  # that are compared: later, an optimizer amplifies any rounding
 
 LOOK = """
+from job.engine.startup import load_cusolver
+load_cusolver()
 import json, tensorflow as tf
 gpus = tf.config.list_physical_devices("GPU")
 details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus[:1]]
