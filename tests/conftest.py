@@ -15,6 +15,7 @@ from job.engine.startup import set_environment
 set_environment(filters=16)
 for name in [name for name in os.environ if name.startswith("JOB_")]:
     del os.environ[name]
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # the servers of tests are here
 
 pytest_plugins = ["tests.gcs_server"]
 

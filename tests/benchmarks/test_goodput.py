@@ -51,11 +51,10 @@ def test_moments_are_the_same_each_time_and_near_the_wanted_distance() -> None:
 def test_a_killed_process_is_started_again_until_it_is_done(tmp_path: Path) -> None:
     command = [sys.executable, "-c", COUNTS, str(tmp_path)]
     schedule = Schedule(signal.SIGKILL, 0.5)
-    finished, seconds, signals, starts = goodput.restarted(command, {}, schedule, limit=300.0)
+    finished, _, signals, starts = goodput.restarted(command, {}, schedule, limit=300.0)
     assert finished
     assert starts == signals + 1
     assert signals >= 1
-    assert seconds >= 0.6
     assert 60 <= count_of(tmp_path) <= 60 + 10 * signals
 
 
@@ -128,7 +127,7 @@ def test_a_sigterm_costs_the_job_no_step(tmp_path: Path) -> None:
     work = Work(TINY, images=160, epochs=20, torch=None)  # enough to be under way when the signal comes
     command = goodput._command("job-folder", work, str(tmp_path), str(tmp_path / "runs"))
     process = subprocess.Popen(command, env=clean_environment(), cwd=ROOT)
-    while process.poll() is None and not count_of(tmp_path):
+    while process.poll() is None and count_of(tmp_path) < 2:  # the first step is noted, then
         time.sleep(0.01)
     process.terminate()
     assert process.wait() == Interrupted.exit_code

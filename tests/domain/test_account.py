@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from job.domain.account import KINDS, PARTS, Spent, account_of
@@ -79,6 +79,7 @@ attempts = st.builds(
 
 
 @given(st.lists(attempts, min_size=1, max_size=5), seconds, seconds)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 def test_whatever_the_clocks_say_nothing_is_negative_and_parts_add_up(
     found: list[Spent], training: float, evaluation: float
 ) -> None:

@@ -79,6 +79,7 @@ def install(spec: dict[str, Any]) -> None:
     from job.engine.training_step import Trainer
     from job.model import keras_file
     from job.run import attempt, chief, loop
+    from job.run.signals import Interruption
     from job.store.exclusive import Names
     from job.store.gcs import GcsStore
     from job.store.local import LocalStore
@@ -91,7 +92,8 @@ def install(spec: dict[str, Any]) -> None:
     wrap(chief, "claim", around("claim", "claimed"))
     wrap(Trainer, "train_steps", around("call", "called"))
     wrap(Trainer, "predict", around("predict", "predicted"))
-    wrap(loop.TrainingLoop, "_move_on", _telling_the_step)
+    wrap(attempt.Attempt, "_commit_if_due", _telling_the_step)
+    wrap(Interruption, "note_unsaved_work", functools.partial(_noted, stop))
     wrap(keras_file, "save", functools.partial(_half_written, stop))
     for store in (LocalStore, GcsStore):
         wrap(store, "create", functools.partial(_create, stop))
@@ -147,10 +149,16 @@ def _reading(
     return inner(settings, interruption, asked_for, reporter)
 
 
-def _telling_the_step(inner: Callable[..., Any], training: Any, *arguments: Any, **options: Any) -> None:
+def _telling_the_step(inner: Callable[..., Any], attempt: Any, **options: Any) -> None:
     """Say how far training has come, which runs on beside a commit."""
-    inner(training, *arguments, **options)
-    print(f"driver: trained step {training.position.progress.step}", flush=True)
+    print(f"driver: trained step {attempt._loop.position.progress.step}", flush=True)
+    inner(attempt, **options)
+
+
+def _noted(stop: Stop, inner: Callable[..., Any], interruption: Any, value: bool) -> None:
+    inner(interruption, value)
+    if value:
+        stop.at("noted")
 
 
 def _upload(stop: Stop, inner: Callable[..., Any], store: Any, name: str, path: Path) -> Any:

@@ -70,7 +70,7 @@ class Job:
         """Wait until the process has printed a text."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while text not in self.text:
-            if self.state() in ("", "Z"):
+            if self.state() in ("", "Z") and text not in self.text:
                 raise Ended(f"the process never said {text!r}:\n{self.text}")
             assert time.monotonic() < deadline, f"the process hangs:\n{self.text}"
             time.sleep(0.005)

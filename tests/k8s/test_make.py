@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ def make(tmp_path: Path) -> Make:
     kubectl = tmp_path / "kubectl"
     kubectl.write_text(
         f"""#!/bin/sh
+asked_before() {{ grep -q "$1" {tmp_path}/calls 2>/dev/null; }}
 case "$*" in
     kustomize*) exec {tool("kubectl")} "$@" ;;
     *"get namespace"*) printf "$FOUND" ;;
@@ -33,11 +33,11 @@ case "$*" in
     *events*) printf '%s' "$FOUND" ;;
     *availableReplicas*) printf "$AVAILABLE" ;;
     *"get jobs -l {DATA} "*) printf "$WAITING" ;;
-    *"get jobs,pods -l {DATA} "*) test ! -e {tmp_path}/placed || printf node-1 ;;
+    *"get jobs,pods -l {DATA} "*) asked_before "get jobs,pods" && printf node-1 ;;
     *"get jobs"*) printf "$JOBS" ;;
     *"get pods"*)
         printf '%s' "$STATES"
-        test ! -e {tmp_path}/started || echo '{{"running":{{}}}}'
+        asked_before "get pods" && echo '{{"running":{{}}}}'
         test -z "$REFUSED" || code=1 ;;
 esac
 echo "$*" >> {tmp_path}/calls
@@ -201,16 +201,13 @@ def test_no_training_pod_may_come_before_the_datas_pod_has_a_node(
     make: Make, tmp_path: Path, target: str
 ) -> None:
     """Else it would fetch the data itself, with its GPU in hand, and keep the data's pod waiting."""
-    placing = threading.Timer(3, (tmp_path / "placed").touch)
-    placing.start()
     finished = make(target, WAITING="job.batch/data")
-    placing.join()
     assert finished.returncode == 0, finished.stderr
     asked = [call for call in calls(tmp_path) if DATA in call or call.startswith("apply ")]
     first, job, *placed, last = asked
     assert first == "apply -f build/k8s/rendered.yaml -l app.kubernetes.io/component!=training"
     assert job == f"get jobs -l {DATA} -o name"
-    assert len(placed) >= 2
+    assert len(placed) == 2
     assert all(call.startswith(f"get jobs,pods -l {DATA} -o jsonpath=") for call in placed)
     assert last == "apply -f build/k8s/rendered.yaml"
 
@@ -274,17 +271,11 @@ def test_logs_are_not_waited_for_where_the_cluster_does_not_answer(make: Make, t
 
 
 def test_logs_are_followed_once_the_network_trains(make: Make, tmp_path: Path) -> None:
-    def start() -> None:
-        (tmp_path / "started").touch()
-
-    starting = threading.Timer(1, start)
-    starting.start()
     finished = make("k8s-logs", "MODEL=resnet", "ARGS=--follow", STATES='{"waiting":{}}')
-    starting.join()
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("resnet does not train yet") == 1
     *asked, last = calls(tmp_path)
-    assert len(asked) >= 2
+    assert len(asked) == 2
     assert all(call.startswith("get pods -l ") and "app.kubernetes.io/name=resnet" in call for call in asked)
     assert last.startswith("logs -l ")
     assert last.endswith(" --follow")

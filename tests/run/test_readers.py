@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def read_all_the_time(location: str, store: Store) -> list[int]:
     seen: list[int] = []
     with committing_all_the_time(location) as last:
         while last() < 10:
-            pass
+            time.sleep(0.01)
         for _ in range(ROUNDS):
             _, commit = read_newest_whole(store, load)
             seen.append(commit.progress.step)

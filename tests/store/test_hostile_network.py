@@ -228,7 +228,7 @@ def test_a_stalled_answer(
     proxy.inject("stall", kind)
     start = time.monotonic()
     assert run(store, operation) == expected
-    assert 0.3 < time.monotonic() - start < 5.0, "our own time-out, not the client's 60 s"
+    assert 0.3 < time.monotonic() - start < 15.0, "our own time-out, not the client's 60 s"
     assert proxy.injected == {"stall": 1}
 
 
@@ -385,7 +385,8 @@ def test_a_corrupt_upload_whose_answer_came_late_is_replaced(store: GcsStore, pr
     assert proxy.injected == {"flip and lose": 1}
 
 
-def test_a_truncated_download_goes_on_where_it_stopped(store: GcsStore, proxy: Gateway) -> None:
+def test_a_truncated_download_goes_on_where_it_stopped(open_on: Open, proxy: Gateway) -> None:
+    store = open_on(proxy, timeout_seconds=5.0)  # the proxy reads all of it before it answers
     store.upload("large", scratch_file(store, LARGE))
     proxy.inject("truncate", "download", times=3)
     path = store.scratch() / "download"
@@ -420,7 +421,7 @@ def test_flipped_bits_in_a_download_are_noticed(store: GcsStore, proxy: Gateway)
 
 @pytest.mark.parametrize("fault", ["truncate", "flip_answer"])
 def test_a_download_that_never_comes_through(open_on: Open, proxy: Gateway, fault: str) -> None:
-    store = open_on(proxy, deadline_seconds=0.25)
+    store = open_on(proxy, deadline_seconds=2.0)
     store.create("record", b"0123456789")
     proxy.inject(fault, "download", times=10**6)
     path = store.scratch() / "download"
@@ -443,7 +444,7 @@ def test_a_service_that_stays_broken(
     kind: str,
     expected: dict[str, bytes],
 ) -> None:
-    store = open_on(proxy, deadline_seconds=1.0, check_seconds=5.0)
+    store = open_on(proxy, timeout_seconds=5.0, deadline_seconds=3.0, check_seconds=5.0)
     store.create("record", b"old")
     fault = proxy.inject("status", kind, status=503, times=10**6)
     with pytest.raises(StorageFailed, match="503") as caught:
@@ -512,13 +513,13 @@ def test_finish_within_shortens_a_call_in_progress(store: GcsStore, proxy: Gatew
 
     thread = threading.Thread(target=wait)  # it would try for 60 s
     thread.start()
-    time.sleep(0.1)
+    while proxy.injected["status"] < 2:
+        time.sleep(0.01)
     start = time.monotonic()
     store.finish_within(0.3)
     thread.join(5)
     assert time.monotonic() - start < 3.0
     assert [failure.exit_code for failure in failures] == [74]
-    assert proxy.injected["status"] >= 2
     with pytest.raises(StorageFailed, match="time for storage was used up"):
         store.create("late", b"")
 
@@ -541,9 +542,14 @@ def test_finish_within_ends_an_upload_between_chunks(open_on: Open, proxy: Gatew
 
 def test_a_stalled_service_is_found_by_check(open_on: Open, proxy: Gateway) -> None:
     store = open_on(proxy, check_seconds=0.6)
+    store.list("")  # the client and its connection are ready
     proxy.inject("stall", "list", times=10**6)
     start = time.monotonic()
     with pytest.raises(StorageFailed):
         store.check()
     assert time.monotonic() - start < 3.0
     assert proxy.injected["stall"] >= 1
+    store.finish_within(0.0)
+    for thread in threading.enumerate():
+        if thread.name == "storage check":  # else it would try on in the next test's surroundings
+            thread.join()
