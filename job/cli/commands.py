@@ -14,10 +14,10 @@ from job import __version__
 from job.cli.options import (
     DEFAULTS,
     READS_VARIABLES,
-    Text,
     network_options,
     option,
     replicas_option,
+    text,
     train_options,
 )
 from job.console import Reporter, current_reporter, show
@@ -55,8 +55,8 @@ def train(interruption: Interruption, /, dry_run: bool, **values: Any) -> None:
 
 
 @cli.command(short_help="Recompute a run's accuracy.", context_settings=READS_VARIABLES)
-@click.argument("run", type=Text())
-@option("--data", type=Text(), help="The run's data; default: its own, else $JOB_DATA, then data/.")
+@click.argument("run", type=text)
+@option("--data", type=text, help="The run's data; default: its own, else $JOB_DATA, then data/.")
 @replicas_option
 def evaluate(run: str, data: str | None, replicas: int | None) -> None:
     """Recompute the accuracy of RUN (folder or gs://...) on every image and print it as JSON.
@@ -73,11 +73,11 @@ def evaluate(run: str, data: str | None, replicas: int | None) -> None:
 
 
 @cli.command(short_help="Compare runs.")
-@click.argument("runs", nargs=-1, required=True, type=Text())
+@click.argument("runs", nargs=-1, required=True, type=text)
 @click.option(
     "--report",
     metavar="FOLDER",
-    type=Text(),
+    type=text,
     help="Also write comparison.md, comparison.csv, curves.png and, for several depths, depth.png there.",
 )
 @click.option(
@@ -106,7 +106,7 @@ def compare(runs: tuple[str, ...], report: str | None, form: str) -> None:
 @cli.command(short_help="Print a network's layers and size.", context_settings=READS_VARIABLES)
 @network_options
 @click.option(
-    "--diagram", metavar="FILE.png", type=Text(), allow_from_autoenv=False, help="Also draw the network."
+    "--diagram", metavar="FILE.png", type=text, allow_from_autoenv=False, help="Also draw the network."
 )
 def describe(model: Any, blocks: tuple[int, ...], filters: int, diagram: str | None) -> None:
     """Print layers, shapes, parameters and multiply-accumulates of a network."""
@@ -130,7 +130,7 @@ def data() -> None:
 
 
 @data.command()
-@option("--to", type=Text(), envvar="JOB_DATA", default="data", help="Folder or gs://bucket/prefix.")
+@option("--to", type=text, envvar="JOB_DATA", default="data", help="Folder or gs://bucket/prefix.")
 @click.option(
     "--from",
     "source",
@@ -148,7 +148,7 @@ def fetch(to: str, source: str) -> None:
 
 
 @data.command()
-@click.argument("source", type=Text(), envvar="JOB_DATA", default="data")
+@click.argument("source", type=text, envvar="JOB_DATA", default="data")
 def verify(source: str) -> None:
     """Check every file of SOURCE against the official SHA-256."""
     from job.data import sources
@@ -163,8 +163,8 @@ def verify(source: str) -> None:
 
 
 @data.command()
-@click.argument("file", type=Text())
-@option("--data", "source", type=Text(), envvar="JOB_DATA", help="'sample', a folder, an archive or gs://...")
+@click.argument("file", type=text)
+@option("--data", "source", type=text, envvar="JOB_DATA", help="'sample', a folder, an archive or gs://...")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides which images."
 )

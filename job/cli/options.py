@@ -29,48 +29,33 @@ def variable_of(parameter: click.Parameter) -> str | None:
     return f"{READS_VARIABLES['auto_envvar_prefix']}_{str(parameter.name).upper()}"
 
 
-class Text(click.ParamType[str]):
+def text(value: str) -> str:
     """A path, location or address; no text that was surely meant otherwise."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check the text."""
-        if fault := text_fault(str(value)):
-            self.fail(f"{fault}; example: /home/me/runs", param, ctx)
-        return str(value)
+    if fault := text_fault(value):
+        raise click.BadParameter(f"{fault}; example: /home/me/runs")
+    return value
 
 
-class Blocks(click.ParamType[tuple[int, ...]]):
-    """Residual blocks of each stage, as in ``2,5,5,2``."""
-
-    name = "n,n,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Read whole numbers between commas."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"must be whole numbers between commas, not {value!r}; example: 2,5,5,2", param, ctx)
+def blocks(value: str | tuple[int, ...]) -> tuple[int, ...]:
+    """Residual blocks of each stage, as in ``2,5,5,2``; those of a run are read already."""
+    if isinstance(value, tuple):
+        return value
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(
+            f"must be whole numbers between commas, not {value!r}; example: 2,5,5,2"
+        ) from error
 
 
-class CadenceType(click.ParamType[Cadence]):
-    """``auto``, ``1epoch``, ``500steps``, ``10min``."""
-
-    name = "cadence"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Cadence:
-        """Read a number and its unit."""
-        if isinstance(value, Cadence):
-            return value
-        try:
-            return Cadence.parse(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+def cadence(value: str | Cadence) -> Cadence:
+    """``auto``, ``1epoch``, ``500steps``, ``10min``; that of a run is read already."""
+    if isinstance(value, Cadence):
+        return value
+    try:
+        return Cadence.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 class RecipeType(click.Choice[str]):
@@ -96,7 +81,8 @@ network_options = options(
     option("--model", type=click.Choice(["resnet", "plainnet"]), default="resnet", help="Network to build."),
     option(
         "--blocks",
-        type=Blocks(),
+        type=blocks,
+        metavar="N,N,...",
         default=DEFAULTS.network.blocks_text,
         help="Blocks of each stage, of two convolutions each; each stage but the first halves the map.",
     ),
@@ -118,7 +104,7 @@ train_options = options(
     option(
         "--config",
         metavar="FILE.toml",
-        type=Text(),
+        type=text,
         is_eager=True,
         expose_value=False,
         callback=presets.use_file,
@@ -127,7 +113,7 @@ train_options = options(
     option(
         "--like",
         metavar="RUN",
-        type=Text(),
+        type=text,
         is_eager=True,
         expose_value=False,
         callback=presets.use_run,
@@ -135,12 +121,12 @@ train_options = options(
     ),
     option(
         "--data",
-        type=Text(),
+        type=text,
         help="'sample', a folder, an archive or gs://...; default: $JOB_DATA, then data/, fetched if absent.",
     ),
     option(
         "--output",
-        type=Text(),
+        type=text,
         default=DEFAULTS.output,
         help="Folder or gs://bucket/prefix that holds the runs.",
     ),
@@ -207,12 +193,12 @@ train_options = options(
     ),
     option(
         "--worker-hosts",
-        type=Text(),
+        type=text,
         help="Their addresses, as in resnet-{index}.resnet:2222 or a:2222,b:2222.",
     ),
     option(
         "--commit-every",
-        type=CadenceType(),
+        type=cadence,
         default="auto",
         help="1epoch, 500steps, 2h, 10min, 30s; auto: each epoch, and such that a kill costs a minute "
         "at most; a signal and the end commit anyway.",

@@ -11,8 +11,7 @@ from typing import Any
 import click
 
 from job.domain.disk import disk_errors
-from job.domain.errors import MissingInput, UsageError
-from job.domain.identity import Identity
+from job.domain.errors import UsageError
 from job.domain.recipe import own_recipe
 from job.domain.settings import Cadence
 
@@ -66,15 +65,12 @@ def _value(path: str, name: str, value: Any) -> Any:
 
 def _from_run(location: str) -> dict[str, Any]:
     from job.data.sources import of_run
-    from job.run.reader import read_config
+    from job.run.reader import config_of
     from job.store.location import open_store
 
     with closing(open_store(location)) as store:
         store.check(write=False)
-        config = read_config(store)
-    if config is None:
-        raise MissingInput(f"--like must name a run, but {location} holds none; example: --like runs/NAME")
-    identity, settings = Identity.from_json(config["identity"]), config.get("settings", {})
+        identity, settings = config_of(store)
     values = {name: settings.get(name) for name in LASTING}
     if cadence := settings.get("commit_every"):
         values["commit_every"] = Cadence(**cadence)

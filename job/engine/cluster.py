@@ -15,10 +15,10 @@ import tensorflow as tf
 
 from job.domain.errors import IdentityConflict, UsageError
 from job.domain.settings import Settings
-from job.engine import worker_group
+from job.engine import rendezvous
 from job.engine.devices import Devices, check_strategy, local_strategy, take_devices
+from job.engine.rendezvous import WorkerGroup
 from job.engine.startup import silence
-from job.engine.worker_group import WorkerGroup
 
 LEAVING_SECONDS = 5.0  # workers that end together leave within milliseconds of each other
 
@@ -125,7 +125,7 @@ def connect(settings: Settings) -> Cluster:
         return connect_alone(settings)
     workers = len(group.hosts)
     devices = take_devices(settings, workers=workers)
-    strategy = worker_group.strategy_over(group, devices)
+    strategy = rendezvous.strategy_over(group, devices)
     check_strategy(strategy, devices, workers=workers)
     _check_same_devices(group, devices)
     return Cluster(strategy, devices.names, devices.kind == "GPU", workers, group.index)
@@ -145,12 +145,12 @@ def _check_same_devices(group: WorkerGroup, devices: Devices) -> None:
     Raises:
         IdentityConflict: on all workers, if some have other devices than the chief.
     """
-    told = worker_group.tell_all(group, "devices", {**devices.to_json(), "text": str(devices)})
+    told = rendezvous.tell_all(group, "devices", {**devices.to_json(), "text": str(devices)})
     texts = [one.pop("text") for one in told]
     others = [number for number, one in enumerate(told) if one != told[0]]
     if not others:
         return
-    _in_silence(lambda: worker_group.wait_for_all("job/unequal devices", LEAVING_SECONDS))
+    _in_silence(lambda: rendezvous.wait_for_all("job/unequal devices", LEAVING_SECONDS))
     raise IdentityConflict(
         f"all workers must have equally many devices of one kind, but worker 0 has {texts[0]} and worker "
         f"{others[0]} has {texts[others[0]]}; give each worker the same GPUs, or the same --replicas"

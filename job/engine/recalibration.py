@@ -37,7 +37,7 @@ class Recalibration:
         self.images = min(train.count, steps_per_epoch(IMAGES, batch_size) * batch_size)
         self._call = tf.function(self._of_batch, input_signature=[tf.TensorSpec([None], tf.int32)])
 
-    def statistics(self, after_each: Callback) -> Statistics:
+    def statistics(self, after_each: Callback = lambda: None) -> Statistics:
         """Mean and biased variance of each layer's inputs, float32 [C], in the training's batches.
 
         The images are the same for any seed, and batches are synchronized over all replicas: the values do

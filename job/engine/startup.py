@@ -137,9 +137,9 @@ def open_standard_streams() -> None:
 def quiet() -> Iterator[None]:
     """Pass standard error through a filter while TensorFlow is imported and looks for devices.
 
-    The filter is a process: what native code writes before it aborts or exits is still shown. A container
-    whose first process dies ends the filter, too, but not before TensorFlow's memory is released, which left
-    it the time (18 of 18 deaths on one core). Where no process can be started, nothing is filtered.
+    The filter is a process: what native code writes before it aborts or exits is still shown. In a container
+    whose first process dies, the filter dies, too, but had time for the last lines (18 of 18 deaths, one
+    core). Where no process can be started, nothing is filtered.
     """
     try:
         command = [sys.executable, "-I", "-S", "-c", FILTER, NOISE]

@@ -23,7 +23,7 @@ from job.domain.recipe import Recipe
 from job.engine.cluster import Cluster
 from job.engine.device_split import DeviceSplit, counted_share, images_at, my_share
 from job.engine.prediction import Predictions, Predictor, plain_python, predicted_class
-from job.engine.recalibration import Callback, Recalibration
+from job.engine.recalibration import Recalibration
 from job.engine.startup import processor_flags
 from job.model import networks
 from job.model.batch_normalization import (
@@ -75,9 +75,9 @@ class Trainer:
             self._loss_scale = tf.Variable(LOSS_SCALE_START, trainable=False)
             self._finite_steps = tf.Variable(0, trainable=False, dtype=tf.int64)  # GPUs hold no int32
         self._logits = keras.Model(self.network.input, self.network.get_layer("logits").output)
-        self._predictor = Predictor(self._logits, cluster)
+        self.predictor = Predictor(self._logits, cluster)
         self.train_split = DeviceSplit(train, self._strategy)
-        self._recalibration = Recalibration(self._logits, cluster, self.train_split, identity.batch_size)
+        self.recalibration = Recalibration(self._logits, cluster, self.train_split, identity.batch_size)
         self._forward_backward = (
             tf.function(self._loss_and_gradients, jit_compile=True) if xla else self._loss_and_gradients
         )
@@ -91,11 +91,6 @@ class Trainer:
                 tf.TensorSpec([None], tf.float32),
             ],
         )
-
-    @property
-    def evaluation_batch(self) -> int:
-        """Images that all replicas predict in one step."""
-        return self._predictor.batch
 
     @property
     def state(self) -> State:
@@ -132,16 +127,7 @@ class Trainer:
         self, split: DeviceSplit, *, first: int, count: int, statistics: Statistics | None = None
     ) -> Predictions:
         """Predict images ``first`` to ``first + count - 1``, each once; as :meth:`Predictor.predict`."""
-        return self._predictor.predict(split, first=first, count=count, statistics=statistics)
-
-    @property
-    def recalibration_images(self) -> int:
-        """Training images over which :meth:`recalibrated_statistics` are taken."""
-        return self._recalibration.images
-
-    def recalibrated_statistics(self, after_each: Callback = lambda: None) -> Statistics:
-        """Batch statistics taken anew by the weights as they are: :meth:`Recalibration.statistics`."""
-        return self._recalibration.statistics(after_each)
+        return self.predictor.predict(split, first=first, count=count, statistics=statistics)
 
     def _steps(self, order: tf.Tensor, offsets: tf.Tensor, flips: tf.Tensor, rates: tf.Tensor) -> tf.Tensor:
         """Loss and correct predictions, summed over each step's global batch, [K, 2]."""

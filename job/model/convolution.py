@@ -14,7 +14,7 @@ import tensorflow as tf
 # Fewest channels, in and out, from which the products are faster, by precision and height of a square map.
 # Measured in turns at batches of 128, plain to products in processor time, on an Intel Xeon with AVX512-BF16:
 # in bfloat16 1.6 and 1.4 at 4x4 with 512 and 128 channels, 1.1 at 8x8 with 256; in float32 1.6 at 4x4 with
-# 512, 1.1 with 256 and 0.8 at 8x8. On AMD Zen 4, products that still multiplied the zeros reached 2.0 at 8x8.
+# 512, 1.1 with 256 and 0.8 at 8x8.
 FEWEST_CHANNELS = {
     ("bfloat16", 8): 256,
     ("bfloat16", 4): 128,

@@ -49,7 +49,8 @@ from job.publish.pictures import confusion_matrix
 Json = Mapping[str, Any]
 
 PREFIX = "events.out.tfevents."
-SEGMENT = re.compile(rf"(train/)?{re.escape(PREFIX)}(?P<step>\d{{10}})(-final)?")
+FINAL = "-final"  # ends the name of what tells the run's result
+SEGMENT = re.compile(rf"(train/)?{re.escape(PREFIX)}(?P<step>\d{{10}})({FINAL})?")
 TRAINING = ("images_per_second", "learning_rate")
 # Category -> chart -> the tags whose lines it overlays, over every run.
 CHARTS = {
@@ -84,23 +85,13 @@ def segments(
     """
     builders = _run_builders(config, sample_grid, graph)
     for entry in record["history"]:
-        for split, name in epoch_segments(entry).items():
-            builders[name] = partial(_epoch_segment, entry, split)
+        name = segment_name(entry["step"])
+        builders[f"train/{name}"] = partial(_epoch_segment, entry, "train")
+        builders[name] = partial(_epoch_segment, entry, "validation")
     if record["finished"] is not None:
         result = record["finished"]["result"]
-        builders[final_segments(result["steps"])["result"]] = partial(_final_segment, record, result)
+        builders[segment_name(result["steps"], FINAL)] = partial(_final_segment, record, result)
     return {name: build() for name, build in builders.items() if name not in existing}
-
-
-def epoch_segments(entry: Json) -> dict[str, str]:
-    """Names of the event files of an epoch, by what they are about."""
-    name = segment_name(entry["step"])
-    return {"train": f"train/{name}", "validation": name}
-
-
-def final_segments(step: int) -> dict[str, str]:
-    """Names of the event files of a run that ends at a step, by what they are about."""
-    return {"result": segment_name(step, "-final")}
 
 
 def segment_name(step: int, suffix: str = "") -> str:

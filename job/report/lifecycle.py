@@ -27,7 +27,7 @@ def is_abandoned(record: Record, now: float) -> bool:
 
     On its own host a process is looked for. Elsewhere its last sign of life decides: it may be as old as
     SILENCE_SECONDS, or as twice the time within which the next was due. Who commits by steps or epochs does
-    not say when that is, and counts as running; a record of an earlier version has two epochs.
+    not say when that is, and counts as running. A record without ``spent`` is granted twice its longest epoch.
     """
     if record.owners and record.owners[-1].host == socket.gethostname():
         return not is_alive(record.owners[-1])
@@ -35,5 +35,5 @@ def is_abandoned(record: Record, now: float) -> bool:
     if spent is not None and spent.due is None:
         return False
     epochs = [entry["train"]["seconds"] + entry["validation"]["seconds"] for entry in record.history]
-    due = max(epochs, default=0.0) if spent is None or spent.due is None else spent.due
+    due = max(epochs, default=0.0) if spent is None else spent.due or 0.0
     return now - record.written > max(SILENCE_SECONDS, 2 * due)

@@ -14,14 +14,14 @@ from job.domain.errors import Diverged, Interrupted, StorageFailed
 from job.domain.record import Finished, Record
 from job.domain.settings import Settings, check_batch
 from job.engine import cluster as hardware
+from job.engine.rendezvous import WorkerGroup
 from job.engine.training_step import Trainer
-from job.engine.worker_group import WorkerGroup
 from job.model import keras_file
 from job.model.keras_file import State
-from job.run import peers
+from job.run import agreement
 from job.run.cadence import CommitSchedule
-from job.run.chief import Chief, what_is_kept
-from job.run.job import Job, claimed, fresh_twin, store_of
+from job.run.chief import Chief, claimed, what_is_kept
+from job.run.job import Job, fresh_twin, store_of
 from job.run.loop import NotFinite, TrainingLoop
 from job.run.position import Position
 from job.run.record_log import Change
@@ -57,8 +57,8 @@ def train(settings: Settings, interruption: Interruption, read: Read, reporter: 
     with stopwatch.spending("starting" if alone else "waiting"):
         cluster = hardware.connect(settings)
     check_batch(batch_size=settings.batch_size, images=len(splits.train.labels), replicas=cluster.replicas)
-    with peers.leaving_together(cluster):
-        identity = peers.agreed_identity(identity, settings, cluster)
+    with agreement.leaving_together(cluster):
+        identity = agreement.agreed_identity(identity, settings, cluster)
         twin = fresh_twin(settings, identity, cluster)
         job = Job(settings, identity, cluster, splits, twin, reporter, stopwatch)
         with closing(store_of(settings, identity)) as store, claimed(store, job) as chief:
@@ -107,7 +107,7 @@ class Attempt:
             self._chief.tidy()
         else:
             load = partial(keras_file.load, self._job.twin)
-            restored = peers.restored(self._store, record, self._job.cluster, load)
+            restored = agreement.restored(self._store, record, self._job.cluster, load)
         if restored is not None:
             self._loop.position = Position.of(record)
             progress = self._loop.position.progress
@@ -138,7 +138,7 @@ class Attempt:
         spent = self._stopwatch.spent(due=self._schedule.due_seconds(evaluation))
         with self._stopwatch.spending("committing"):
             try:
-                chief.commit(*self._snapshot(), lambda record: record.with_spent(spent))
+                chief.commits.submit(*self._snapshot(), lambda record: record.with_spent(spent))
             except StorageFailed:
                 if not self._interruption.requested:  # else the signal's own commit is still to come
                     raise
@@ -151,7 +151,7 @@ class Attempt:
 
         if self._chief:
             with self._stopwatch.spending("committing"):
-                self._chief.finish(self._loop.position, self._snapshot, concluded)
+                self._chief.commits.finish(self._loop.position, self._snapshot, concluded)
 
     def _snapshot(self) -> tuple[State, Position]:
         state = self._trainer.state

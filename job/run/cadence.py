@@ -12,12 +12,12 @@ import time
 from job.domain.record import Progress
 from job.domain.settings import Cadence
 
-LEAST_SECONDS = (
-    10.0  # between commits, however cheap: 360 an hour, and the 15 ms of each hold 0.15 % of the time
-)
+# Between commits, however cheap: 360 an hour, and the 15 ms of each hold 0.15 % of the time.
+LEAST_SECONDS = 10.0
 MOST_LOST_SECONDS = 60.0  # by a kill, with a commit that is under way
 TIMES = ("auto", "seconds")  # units by which time decides
-LEAST_TIMES, CHEAP_TIMES = 10, 20  # as long as a commit takes, are between commits; and where a minute allows
+# Between commits, in times of what one takes: at least, and up to where MOST_LOST_SECONDS allows.
+LEAST_TIMES, CHEAP_TIMES = 10, 20
 
 
 def auto_seconds(commit_seconds: float) -> float:

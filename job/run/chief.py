@@ -2,76 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import keras
 import numpy as np
 
-from job.data.records import Split
 from job.domain.account import Spent
 from job.domain.errors import Diverged, JobError
-from job.domain.identity import Identity
 from job.domain.record import Record
-from job.domain.settings import Settings
 from job.model import keras_file
 from job.model.keras_file import State
 from job.publish.publication import Publication, withdraw
+from job.run.cadence import CommitSchedule
 from job.run.committer import Committer
+from job.run.job import Job
 from job.run.owner import HeldRun, claim
-from job.run.position import Position
 from job.run.reader import read_config, read_record
-from job.run.record_log import Change, superseded_error
+from job.run.record_log import superseded_error
 from job.store.contract import Store
 
+FIRST_STEP_SECONDS = 60.0  # from the claim to the first step, in the account of who is killed on the way
 LAST_WORDS_SECONDS = 5.0  # a run that diverged says so in its record, if storage answers within them
+
+
+@contextmanager
+def claimed(store: Store, job: Job) -> Iterator[Chief | None]:
+    """Claim the run and hold it, on the chief; the other workers get None, and commit nothing.
+
+    Raises as :func:`job.run.owner.claim`.
+    """
+    with ExitStack() as stack:
+        chief = None
+        if job.cluster.is_chief:
+            chief = stack.enter_context(_holding(store, job))
+        attempt = job.cluster.number_from_chief(chief.record.attempt if chief else 0)
+        job.reporter.note(f"{store.location}: attempt {attempt} on {', '.join(job.cluster.devices)}")
+        yield chief
+
+
+@contextmanager
+def _holding(store: Store, job: Job) -> Iterator[Chief]:
+    settings = job.settings
+    spent = job.stopwatch.spent(due=CommitSchedule(settings.commit_every).due_seconds(FIRST_STEP_SECONDS))
+    store.check()  # in the run's own folder, and in the mounts that it holds
+    run = claim(store, job.identity, settings=asdict(settings), take_over=settings.take_over, spent=spent)
+    with closing(run):
+        chief = Chief(run, job)
+        with closing(chief.commits):
+            yield chief
 
 
 class Chief:
     """The one process that writes to a run."""
 
-    def __init__(self, run: HeldRun, *, keep: int, sample: Split, twin: keras.Model) -> None:
-        self._run, self._twin = run, twin
-        config = read_config(run.store) or {}
-        self._publication = Publication(run.store, config, sample, twin, read=read_record)
-        self._committer = Committer(run, keep=keep, save=self._save, publish=self._publication.publish)
-
-    @classmethod
-    @contextmanager
-    def of(
-        cls,
-        store: Store,
-        identity: Identity,
-        settings: Settings,
-        *,
-        sample: Split,
-        twin: keras.Model,
-        spent: Spent,
-    ) -> Iterator[Chief]:
-        """Claim the run, and hold it. Raises as :func:`job.run.owner.claim`."""
-        store.check()  # in the run's own folder, and in the mounts that it holds
-        run = claim(store, identity, settings=asdict(settings), take_over=settings.take_over, spent=spent)
-        try:
-            chief = cls(run, keep=settings.keep, sample=sample, twin=twin)
-            try:
-                yield chief
-            finally:
-                chief._committer.close()
-        finally:
-            run.close()
+    def __init__(self, run: HeldRun, job: Job) -> None:
+        self._run, self._twin = run, job.twin
+        config, sample = read_config(run.store) or {}, job.splits.train
+        self._publication = Publication(run.store, config, sample, job.twin, read=read_record)
+        keep, publish = job.settings.keep, self._publication.publish
+        self.commits = Committer(run, keep=keep, save=self._save, publish=publish)
 
     @property
     def record(self) -> Record:
         """The newest revision that is known to be ours."""
         return self._run.record
-
-    @property
-    def commits(self) -> Committer:
-        """What commits, to ask how it fares."""
-        return self._committer
 
     def check_fence(self) -> None:
         """Raise Superseded if a newer attempt was seen to own the run."""
@@ -92,20 +89,10 @@ class Chief:
         withdraw(store, read_record)
         self._publication.publish(read_record(store))
 
-    def commit(self, state: State, position: Position, change: Change) -> None:
-        """Commit in the background. Raises as :meth:`Committer.submit`."""
-        self._committer.submit(state, position, change)
-
-    def finish(
-        self, position: Position, snapshot: Callable[[], tuple[State, Position]], change: Change
-    ) -> None:
-        """Commit what is not committed, with a last change. Raises as :meth:`Committer.finish`."""
-        self._committer.finish(position, snapshot, change)
-
     def note_divergence(self, spent: Spent) -> None:
         """Say in the record that the run diverged, if storage lets us: that is true whatever storage says."""
         self._run.store.finish_within(LAST_WORDS_SECONDS)
-        self._committer.wait(LAST_WORDS_SECONDS)
+        self.commits.wait(LAST_WORDS_SECONDS)
         with suppress(JobError):
             self._run.append(lambda record: replace(record.with_spent(spent), state="diverged"))
 

@@ -20,6 +20,7 @@ from job.domain.errors import StorageFailed
 from job.domain.record import Commit, Record
 from job.run.owner import HeldRun
 from job.run.position import Position
+from job.run.reader import checkpoint_name
 from job.run.record_log import Change
 from job.store.checksum import crc32c
 from job.store.contract import AlreadyExists
@@ -94,7 +95,7 @@ class Committer:
             self._commit(*snapshot(), change)
         else:
             self._publish(self._run.append(change))
-            self._run.log.prune()
+            self._run.prune()
 
     def wait(self, seconds: float) -> None:
         """Wait for the commit in flight, so long at most; what it met is raised by the next call."""
@@ -138,7 +139,7 @@ class Committer:
             )
 
         self._publish(self._run.append(committed))
-        self._run.log.prune()
+        self._run.prune()
         self.seconds = time.monotonic() - started
 
     def _upload(self, state: Any, position: Position) -> Commit:
@@ -150,14 +151,14 @@ class Committer:
                 self._save(state, path)
             size, checksum = path.stat().st_size, crc32c(path)
             for _ in range(UPLOAD_TRIES):
-                name = self._checkpoint_name(step)
+                name = checkpoint_name(step, self._run.record.attempt)
                 try:
                     store.upload(name, path)
                 except AlreadyExists:  # by what arrived damaged
-                    self._run.log.forget({name})
+                    self._run.forget({name})
                     continue
                 except StorageFailed:  # it may have arrived, its answer lost
-                    self._run.log.forget({name})
+                    self._run.forget({name})
                     raise
                 return Commit(
                     name=name,
@@ -171,7 +172,3 @@ class Committer:
         raise StorageFailed(
             f"{store.location}: a checkpoint arrived damaged {UPLOAD_TRIES} times; check the network"
         )
-
-    def _checkpoint_name(self, step: int) -> str:
-        attempt = self._run.record.attempt
-        return f"checkpoints/step-{step:010d}-a{attempt:04d}-{secrets.token_hex(4)}.keras"

@@ -10,7 +10,7 @@ import tensorflow as tf
 from job.console import Reporter
 from job.data import fetch, sources
 from job.data.splits import Splits
-from job.domain.errors import IdentityConflict, MissingInput
+from job.domain.errors import IdentityConflict
 from job.domain.identity import Identity
 from job.domain.settings import Settings
 from job.engine import cluster as hardware
@@ -18,8 +18,7 @@ from job.engine.device_split import DeviceSplit
 from job.engine.training_step import Trainer
 from job.model import keras_file
 from job.model.batch_normalization import Statistics
-from job.run.reader import read_config, read_newest_whole
-from job.store.contract import Store
+from job.run.reader import config_of, read_newest_whole
 from job.store.location import open_store
 
 
@@ -40,8 +39,8 @@ def evaluate(
     """
     cluster = hardware.connect_alone(Settings(replicas=replicas))
     with closing(open_store(location)) as store:
-        identity, recorded = _about(store)
-        source = _data_of(location, identity, recorded, data)
+        identity, settings = config_of(store)
+        source = _data_of(location, identity, settings.get("data"), data)
         twin = keras_file.plain_twin(identity.network, identity.recipe, precision=identity.precision, seed=0)
         state, commit = read_newest_whole(store, lambda path: keras_file.load(twin, path))
     dataset = sources.load(fetch.locate(source, reporter or Reporter()))
@@ -66,7 +65,7 @@ def _evaluated_twice(trainer: Trainer, splits: dict[str, DeviceSplit]) -> dict[s
             for name, split in splits.items()
         }
 
-    images, statistics = trainer.recalibration_images, trainer.recalibrated_statistics()
+    images, statistics = trainer.recalibration.images, trainer.recalibration.statistics()
     return {**summaries(), "recalibrated": {"images": images, **summaries(statistics)}}
 
 
@@ -80,11 +79,3 @@ def _data_of(location: str, identity: Identity, recorded: str | None, named: str
             "name its data with --data"
         )
     return source
-
-
-def _about(store: Store) -> tuple[Identity, str | None]:
-    """The run's identity, and the data that its configuration names."""
-    config = read_config(store)
-    if config is None:
-        raise MissingInput(f"{store.location} must hold a run with at least one commit, but holds none")
-    return Identity.from_json(config["identity"]), config.get("settings", {}).get("data")

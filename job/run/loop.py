@@ -7,8 +7,7 @@ and stops, by an exception, if a signal asks it to.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from job.engine.recalibration import Callback
 from job.engine.training_step import StepSums, Trainer
 from job.model.batch_normalization import Statistics
 from job.run.job import Job
-from job.run.position import Pace, Position, after_call, after_epoch, after_test
+from job.run.position import Pace, Position, after_call, after_epoch
 
 CALL_SECONDS = 0.5  # one call lasts about so long: it bounds the reaction to a signal
 
@@ -82,9 +81,13 @@ class TrainingLoop:
 
     def evaluate_at_end(self, *, after_each: Callback) -> dict[str, Any]:
         """What result.json says of the final weights: "test", "confusion" and "recalibrated"."""
-        with self._counting_evaluation():
-            test, confusion = self._tested(after_each)
-            return {"test": test, "confusion": confusion, "recalibrated": self._recalibrated(after_each)}
+        before = self._stopwatch.seconds("evaluation")
+        test, confusion = self._tested(after_each)
+        recalibrated = self._recalibrated(after_each)
+        evaluated = self._stopwatch.seconds("evaluation") - before
+        timing = self.position.timing
+        self.position = replace(self.position, timing=replace(timing, evaluated=timing.evaluated + evaluated))
+        return {"test": test, "confusion": confusion, "recalibrated": recalibrated}
 
     def _tested(self, after_each: Callback) -> tuple[dict[str, float] | None, list[list[int]]]:
         """The test set's loss and accuracy, None where it validates, and its confusion."""
@@ -97,10 +100,10 @@ class TrainingLoop:
 
     def _recalibrated(self, after_each: Callback) -> dict[str, Any]:
         """Loss and accuracy by batch statistics taken anew, which stay out of the network."""
-        images = self._trainer.recalibration_images
+        images = self._trainer.recalibration.images
         self._reporter.note(f"evaluating again, by batch statistics taken anew over {images:,} images")
         with self._stopwatch.spending("evaluation"):
-            statistics = self._trainer.recalibrated_statistics(after_each)
+            statistics = self._trainer.recalibration.statistics(after_each)
 
         def summary(split: DeviceSplit) -> dict[str, float]:
             return self._predict(split, after_each, statistics).summary(split.labels_on_host)
@@ -111,13 +114,6 @@ class TrainingLoop:
             "test": None if self._test is self._validation else summary(self._test),
         }
 
-    @contextmanager
-    def _counting_evaluation(self) -> Iterator[None]:
-        """Add what is evaluated meanwhile to the time that the run is made of."""
-        before = self._stopwatch.seconds("evaluation")
-        yield
-        self.position = after_test(self.position, evaluated=self._stopwatch.seconds("evaluation") - before)
-
     def _train_call(self, plan: EpochPlan) -> None:
         before = self.position.progress
         count = self._steps_of_next_call()
@@ -126,7 +122,7 @@ class TrainingLoop:
         started, traced = time.perf_counter(), not self._pace.has_traced
         with self._stopwatch.spending("starting" if traced else "training"):
             sums = self._trainer.train_steps(batches, np.array(rates, np.float32))
-        self._stopwatch.switch("other")  # from now on: what comes before the first call is the start
+        self._stopwatch.switch("other")  # what comes before the first call counts as the start
         seconds, images = time.perf_counter() - started, batches.order.size
         _check_finite(sums.loss, "loss of", before.step + 1)
         self._pace.took(seconds, steps=images / self._identity.batch_size)
@@ -161,7 +157,7 @@ class TrainingLoop:
     ) -> Predictions:
         """Predict in calls of bounded length."""
         parts: list[Predictions] = []
-        first, count = 0, self._trainer.evaluation_batch
+        first, count = 0, self._trainer.predictor.batch
         while first < split.count:
             count = min(count, split.count - first)
             started = time.perf_counter()

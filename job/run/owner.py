@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import secrets
 import socket
 import threading
@@ -22,12 +21,11 @@ from job.domain.identity import FORMAT, Identity
 from job.domain.network import CLASSES
 from job.domain.record import Commit, Owner, Record
 from job.run.processes import is_alive, this_process
-from job.run.reader import CONFIG, read_config, read_newest_commit, read_record, record_name
-from job.run.record_log import Change, RecordLog, superseded_error
+from job.run.reader import CHECKPOINT, CONFIG, read_config, read_newest_commit, read_record, record_name
+from job.run.record_log import RecordLog, superseded_error
 from job.run.versions import source_revision
 from job.store.contract import AlreadyExists, NotFound, Store
 
-CHECKPOINT = re.compile(r"checkpoints/step-\d{10}-a(?P<attempt>\d{4,})-[0-9a-f]+\.keras")
 OLD_RECORD = "record.json"  # of earlier versions
 CLAIM_TRIES = 20  # claims that race each other; each loser sees the winner's record
 FENCE_POLL_SECONDS = 30.0
@@ -104,9 +102,9 @@ def claim(
 def _is_newest(store: Store, claimed: Record) -> bool:
     """Whether a claim that could be created holds the run.
 
-    Its name is also free if the owner went on by two revisions since we read the record, and has pruned the
-    first: a process can be frozen there, and a network file system can list an old state until we change it.
-    The newest revision is never pruned, so looking again tells.
+    That its name was free does not prove it: the owner may have made two revisions since we read the record,
+    and pruned the first, whose name we then took. A process can be frozen in between, and a network file
+    system can list an old state until we change it. The newest revision is never pruned, so we read again.
 
     Raises:
         Superseded: a newer attempt has claimed the run meanwhile.
@@ -184,33 +182,13 @@ def delete_leftovers(store: Store, record: Record) -> None:
         log.warning("%s: what is not needed any more stays: %s", store.location, error)
 
 
-class HeldRun:
+class HeldRun(RecordLog):
     """A run that this attempt owns, until a newer one claims it."""
 
     def __init__(self, store: Store, claimed: Record) -> None:
-        self.store = store
-        self.log = RecordLog(store, claimed)
+        super().__init__(store, claimed)
         self._closed = threading.Event()
-        self._superseded = threading.Event()
         threading.Thread(target=self._poll_fence, name="fence", daemon=True).start()
-
-    @property
-    def record(self) -> Record:
-        """The newest revision that is known to be ours."""
-        return self.log.record
-
-    @property
-    def superseded(self) -> bool:
-        """Whether a newer attempt was seen to own the run."""
-        return self._superseded.is_set()
-
-    def append(self, change: Change) -> Record:
-        """Make the next revision of the record. Raises as :meth:`RecordLog.append`."""
-        try:
-            return self.log.append(change)
-        except Superseded:
-            self._superseded.set()
-            raise
 
     def restore(self, read: Callable[[Path], State]) -> tuple[State, Commit] | None:
         """Read the newest commit that is whole, or None for a run without commits.
@@ -218,16 +196,16 @@ class HeldRun:
         What came after it is given up: the record that follows begins there.
 
         Raises:
-            Superseded: a newer attempt owns the run, and has pruned what this one wanted to read.
+            Superseded: a newer attempt owns the run, and may have pruned what this one wanted to read.
             InvalidData: there are commits, but none can be read.
         """
         try:
-            restored = read_newest_commit(self.store, self.record.restorable, read)
-        except InvalidData:
-            self.log.check_fence()
+            restored = read_newest_commit(self.store, self.record, read)
+        except (NotFound, InvalidData):
+            self.check_fence()
             raise
         if restored is not None and restored[1] != self.record.restorable[0]:
-            self.log.check_fence()
+            self.check_fence()
             self._give_up_after(restored[1])
         return restored
 
@@ -250,20 +228,18 @@ class HeldRun:
     def remove_leftovers(self) -> None:
         """Delete checkpoints that no commit names and that attempts below ours have left behind."""
         try:
-            self.log.forget(leftovers(self.store, self.record, below=self.record.attempt))
+            self.forget(leftovers(self.store, self.record, below=self.record.attempt))
         except JobError as error:
             log.warning("%s: %s", self.store.location, error)
             return
-        self.log.prune()
+        self.prune()
 
     def _poll_fence(self) -> None:
         while not self._closed.wait(FENCE_POLL_SECONDS):
-            try:
-                self.log.check_fence()
-            except Superseded:
-                self._superseded.set()
-            except JobError:
-                continue  # the store's trouble is met, and told, by the next commit
+            with suppress(
+                JobError
+            ):  # it is noted that we are superseded; the next commit meets other trouble
+                self.check_fence()
 
     def close(self) -> None:
         """Stop looking at the fence."""

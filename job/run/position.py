@@ -122,12 +122,6 @@ def after_epoch(
     )
 
 
-def after_test(position: Position, *, evaluated: float) -> Position:
-    """Add the seconds of an evaluation after the last epoch."""
-    timing = position.timing
-    return replace(position, timing=replace(timing, evaluated=timing.evaluated + evaluated))
-
-
 def _added_one_by_one(total: float, losses: Any) -> float:
     """Losses of steps added such that no sum depends on how the steps were split into calls.
 

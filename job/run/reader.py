@@ -1,11 +1,11 @@
-"""What a store says of a run: its configuration, its record, its checkpoints. Nothing is written here."""
+"""What a store says of a run: its configuration, its record, its checkpoints. Nothing of it is changed."""
 
 from __future__ import annotations
 
 import logging
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from job.store.location import join, open_store
 
 CONFIG = "config.json"
 RECORD = re.compile(r"record-(\d{10})\.json")
+CHECKPOINT = re.compile(r"checkpoints/step-\d{10}-a(?P<attempt>\d{4,})-[0-9a-f]+\.keras")
 READ_TRIES = 100  # of a record that is replaced while it is read
 
 log = logging.getLogger("job")
@@ -29,6 +30,11 @@ State = TypeVar("State")
 def record_name(revision: int) -> str:
     """Name of the object that holds a revision of the record."""
     return f"record-{revision:010d}.json"
+
+
+def checkpoint_name(step: int, attempt: int) -> str:
+    """A new name for the object that holds a checkpoint of an attempt; each call gives another."""
+    return f"checkpoints/step-{step:010d}-a{attempt:04d}-{secrets.token_hex(4)}.keras"
 
 
 def read_revision(store: Store, revision: int) -> Record:
@@ -70,14 +76,21 @@ def read_config(store: Store, folder: str = "") -> dict[str, Any] | None:
     return config
 
 
+def config_of(store: Store) -> tuple[Identity, dict[str, Any]]:
+    """The identity and the settings of the run in a store. Raises MissingInput where there is none."""
+    config = read_config(store)
+    if config is None:
+        raise MissingInput(
+            f"{store.location} must hold a run, but has no {CONFIG}; name the folder of one run"
+        )
+    return Identity.from_json(config["identity"]), config.get("settings", {})
+
+
 def read_identity(location: str) -> Identity:
     """The identity of the run at ``location``. Raises MissingInput where there is none."""
     with closing(open_store(location)) as store:
         store.check(write=False)
-        config = read_config(store)
-    if config is None:
-        raise MissingInput(f"{location} must hold a run, but has no {CONFIG}; name the folder of one run")
-    return Identity.from_json(config["identity"])
+        return config_of(store)[0]
 
 
 def find_runs(location: str) -> tuple[list[str], list[OSError]]:
@@ -121,22 +134,25 @@ def read_commit(store: Store, commit: Commit, read: Callable[[Path], State]) -> 
 
 
 def read_newest_commit(
-    store: Store, commits: Sequence[Commit], read: Callable[[Path], State]
+    store: Store, record: Record, read: Callable[[Path], State]
 ) -> tuple[State, Commit] | None:
-    """Restore the first of these commits that is whole; None where there are none.
+    """Restore the newest commit of a record that is whole; None where it has none.
 
     Raises:
+        NotFound: a commit is gone, and the record is no longer the newest: its owner has pruned it.
         InvalidData: there are commits, but none can be read.
     """
-    for commit in commits:
+    for commit in record.restorable:
         try:
             return read_commit(store, commit, read), commit
         except (NotFound, InvalidData) as error:
+            if isinstance(error, NotFound) and read_record(store).revision != record.revision:
+                raise
             log.warning("%s/%s: %s; trying the commit before it", store.location, commit.name, error)
-    if commits:
+    if record.restorable:
         raise InvalidData(
-            f"{store.location}: none of its {len(commits)} commits can be read (see the warnings above); "
-            "nothing was deleted: restore the files or choose another --name"
+            f"{store.location}: none of its {len(record.restorable)} commits can be read (see the warnings "
+            "above); nothing was deleted: restore the files or choose another --name"
         )
     return None
 
@@ -147,28 +163,22 @@ def read_newest_whole(store: Store, load: Callable[[Path], State]) -> tuple[Stat
     Raises:
         MissingInput: there is no commit.
         InvalidData: there are commits, but none can be read.
+        StorageFailed: the owner prunes faster than we can read.
     """
     for _ in range(READ_TRIES):
         try:
-            record = read_record(store)
+            restored = read_newest_commit(store, _record_or_none(store), load)
         except NotFound:
-            break
-        for commit in record.restorable:
-            try:
-                return read_commit(store, commit, load), commit
-            except NotFound as error:
-                if read_record(store).revision != record.revision:
-                    break  # its owner has pruned it: there is a newer one
-                log.warning("%s; trying the commit before it", error)
-            except InvalidData as error:
-                log.warning("%s/%s: %s; trying the commit before it", store.location, commit.name, error)
-        else:
-            if record.commits:
-                raise InvalidData(
-                    f"{store.location}: none of its commits can be read (see the warnings above); nothing "
-                    "was deleted: restore the files"
-                )
-            break
-    else:
-        raise StorageFailed(f"{store.location}: its commits change faster than they can be read; try again")
-    raise MissingInput(f"{store.location} must hold a run with at least one commit, but holds none")
+            continue  # a newer commit has replaced it
+        if restored is None:
+            raise MissingInput(f"{store.location} must hold a run with at least one commit, but holds none")
+        return restored
+    raise StorageFailed(f"{store.location}: its commits change faster than they can be read; try again")
+
+
+def _record_or_none(store: Store) -> Record:
+    """The newest revision, or a record without commits where there is none."""
+    try:
+        return read_record(store)
+    except NotFound:
+        return Record()

@@ -5,9 +5,9 @@ create; a newer attempt claims the run by appending one with a higher attempt nu
 however long it was frozen, finds its next name taken and stops: **a claim's own revision is never deleted**.
 A name that is taken by a revision with our nonce is ours: an earlier answer was lost.
 
-A name that is free proves less: other revisions than claims are pruned. An owner's next name cannot be such a
-one, since only a claim ends its sequence; a claimer's can, so it looks whether its revision is the newest
-(``job.run.owner.claim``).
+A free name proves less, because revisions other than claims are pruned. An owner never meets such a name,
+since only a claim ends its sequence. A claimer can, so it looks whether its revision is the newest
+(``job.run.owner``).
 """
 
 from __future__ import annotations
@@ -32,17 +32,23 @@ class RecordLog:
     """The record of a run that this attempt has claimed, and its right to change it."""
 
     def __init__(self, store: Store, claimed: Record) -> None:
-        self._store = store
+        self.store = store
         self._record = claimed
         self._nonce = claimed.nonce
         self._claim = claimed.revision
         self._garbage: set[str] = set()  # objects that no revision of ours names any more
         self._appending = threading.Lock()
+        self._superseded = threading.Event()
 
     @property
     def record(self) -> Record:
         """The newest revision that is known to be ours."""
         return self._record
+
+    @property
+    def superseded(self) -> bool:
+        """Whether a newer attempt was seen to own the run."""
+        return self._superseded.is_set()
 
     def append(self, change: Change) -> Record:
         """Make the next revision of the record, changed as said.
@@ -59,7 +65,7 @@ class RecordLog:
                 before = self._record
                 after = replace(change(before), revision=before.revision + 1, written=time.time())
                 try:
-                    self._store.create(record_name(after.revision), after.to_bytes())
+                    self.store.create(record_name(after.revision), after.to_bytes())
                 except AlreadyExists:
                     self._advance(self._own(after.revision))
                     continue
@@ -70,7 +76,7 @@ class RecordLog:
         """Raise Superseded if a newer attempt has claimed the run."""
         with self._appending:  # else a revision of ours could come and go between the two questions
             # A revision of our own is here where its answer was lost; the newer attempt's is behind it.
-            while self._store.exists(record_name(following := self._record.revision + 1)):
+            while self.store.exists(record_name(following := self._record.revision + 1)):
                 self._advance(self._own(following))
 
     def forget(self, names: set[str]) -> None:
@@ -81,20 +87,22 @@ class RecordLog:
         """Delete what our own revisions have replaced; what cannot be deleted now is tried again later."""
         for name in sorted(self._garbage):
             try:
-                self._store.delete(name)
+                self.store.delete(name)
             except JobError as error:
-                log.warning("%s: what is not needed any more stays: %s", self._store.location, error)
+                log.warning("%s: what is not needed any more stays: %s", self.store.location, error)
                 return
             self._garbage.discard(name)
 
     def _own(self, revision: int) -> Record:
         """The revision that took a name of ours. Raises Superseded if it is another attempt's."""
         try:
-            theirs = read_revision(self._store, revision)
+            theirs = read_revision(self.store, revision)
         except NotFound:
-            raise superseded_error(self._store.location) from None
+            self._superseded.set()
+            raise superseded_error(self.store.location) from None
         if theirs.nonce != self._nonce:
-            raise superseded_error(self._store.location, f"its attempt {theirs.attempt} began")
+            self._superseded.set()
+            raise superseded_error(self.store.location, f"its attempt {theirs.attempt} began")
         return theirs
 
     def _advance(self, after: Record) -> None:

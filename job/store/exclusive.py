@@ -138,7 +138,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 def delete(path: Path) -> None:
     """Delete an object; one that is absent is no error."""
-    with contextlib.suppress(FileNotFoundError):  # first, else what is pending there could come back
+    with contextlib.suppress(FileNotFoundError):  # first: what is pending could be completed, and come back
         _remove_folder(taken(path))
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         path.unlink()

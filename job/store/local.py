@@ -113,7 +113,7 @@ class LocalStore:
             with disk_errors("list", start):
                 sizes = {path.relative_to(self.root).as_posix(): _size(path) for path in visible_files(start)}
             if None not in sizes.values():
-                break  # else one that was found is gone: what has replaced it may have been missed
+                break  # else a file is gone that was found, and its successor may be missing: list again
         return [
             Entry(name, size)
             for name, size in sorted(sizes.items())

@@ -65,7 +65,7 @@ class Work:
         self._rate = identity.recipe.learning_rate
         self._epoch, self._first, self._plan = -1, 0, self._draw(0)
         self._seconds: float | None = None  # of one step, or of one evaluation call
-        self._count: int = self._trainer.evaluation_batch
+        self._count: int = self._trainer.predictor.batch
 
     def _draw(self, epoch: int) -> EpochPlan:
         return EpochPlan.draw(images=self._images, seed=0, epoch=epoch)

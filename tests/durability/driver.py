@@ -75,7 +75,7 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 def install(spec: dict[str, Any]) -> None:
     """Wrap the stores, the loop and the checkpoint's writer."""
     stop = Stop(spec)
-    from job.engine import worker_group
+    from job.engine import rendezvous
     from job.engine.training_step import Trainer
     from job.model import keras_file
     from job.run import attempt, chief, loop
@@ -87,8 +87,8 @@ def install(spec: dict[str, Any]) -> None:
     loop.CALL_SECONDS = CALL_SECONDS
     around = functools.partial(_around, stop)
     wrap(attempt, "train", functools.partial(_reading, stop))
-    wrap(worker_group, "meet", around("meet", "met"))
-    wrap(worker_group, "unreachable", around("look", "looked"))
+    wrap(rendezvous, "meet", around("meet", "met"))
+    wrap(rendezvous, "unreachable", around("look", "looked"))
     wrap(chief, "claim", around("claim", "claimed"))
     wrap(Trainer, "train_steps", around("call", "called"))
     wrap(Trainer, "predict", around("predict", "predicted"))
@@ -236,11 +236,11 @@ def _half_sent(stop: Stop, options: dict[str, Any]) -> None:
 
 def wait_for_peers(**seconds: float) -> None:
     """Replace constants of how long a worker waits for its peers."""
-    from job.engine import worker_group
+    from job.engine import rendezvous
 
     for name, value in seconds.items():
-        assert hasattr(worker_group, name)
-        setattr(worker_group, name, value)
+        assert hasattr(rendezvous, name)
+        setattr(rendezvous, name, value)
 
 
 def run(spec: dict[str, Any], arguments: list[str]) -> None:

@@ -13,7 +13,7 @@ from job.domain.errors import ResourceUnavailable, UsageError
 from job.domain.settings import Settings
 from job.engine import devices
 from job.engine.devices import Devices, check_strategy, resolve_precision, take_devices
-from job.engine.worker_group import WorkerGroup, _resolver
+from job.engine.rendezvous import WorkerGroup, _resolver
 from tests.support import cluster_of
 
 A100, T4, P100 = ("A100", (8, 0)), ("T4", (7, 5)), ("P100", (6, 0))

@@ -74,7 +74,7 @@ def assert_close(left: Arrays, right: Arrays, tolerance: float) -> None:
 def test_they_are_the_exact_ones_of_all_images_as_they_are(recipe: Any) -> None:
     """Also with a recipe that augments, and of the last batch by its size."""
     trainer = trained(recipe=recipe)
-    found = in_order(trainer, trainer.recalibrated_statistics())
+    found = in_order(trainer, trainer.recalibration.statistics())
     assert_close(found, exact(trainer), 1e-5)
     pixels = split_of(IMAGES).images.astype(np.float64)
     assert_close(found[:2], [pixels.mean((0, 1, 2)), pixels.var((0, 1, 2))], 1e-6)
@@ -85,14 +85,14 @@ def test_they_are_the_exact_ones_of_all_images_as_they_are(recipe: Any) -> None:
 
 def test_in_bfloat16_they_are_off_by_its_rounding() -> None:
     trainer = trained(precision="bfloat16")
-    assert_close(in_order(trainer, trainer.recalibrated_statistics()), exact(trainer), 0.05)
+    assert_close(in_order(trainer, trainer.recalibration.statistics()), exact(trainer), 0.05)
 
 
 @pytest.mark.parametrize(("replicas", "sync"), [(2, True), (3, True), (7, True), (2, False)])
 def test_any_number_of_replicas_finds_the_same(replicas: int, sync: bool) -> None:
     """The last batch has 3 images: of seven replicas, four have none. Training may be unsynchronized."""
     one, many = trained(), trained(replicas, sync_batch_norm=sync)
-    expected, found = (in_order(trainer, trainer.recalibrated_statistics()) for trainer in (one, many))
+    expected, found = (in_order(trainer, trainer.recalibration.statistics()) for trainer in (one, many))
     assert_close(found, expected, 1e-5)
 
 
@@ -101,7 +101,7 @@ def test_the_kernels_of_gpus_and_xla_find_the_same() -> None:
     other = trainer_of(train=split_of(IMAGES), xla=True)
     other.state = one.state
     # Their mean of squares was off by 4e-6 on a CPU.
-    assert_close(in_order(other, other.recalibrated_statistics()), exact(one), 1e-4)
+    assert_close(in_order(other, other.recalibration.statistics()), exact(one), 1e-4)
 
 
 def test_nothing_of_the_state_changes() -> None:
@@ -110,7 +110,7 @@ def test_nothing_of_the_state_changes() -> None:
     validation = DeviceSplit(split_of(30, seed=1), trainer._strategy)
     before, predicted = trainer.state, trainer.predict(validation, first=0, count=30)
 
-    statistics = trainer.recalibrated_statistics()
+    statistics = trainer.recalibration.statistics()
     anew = trainer.predict(validation, first=0, count=30, statistics=statistics)
 
     assert not np.allclose(anew.loss, predicted.loss, rtol=0.1)
@@ -126,7 +126,7 @@ def test_nothing_of_the_state_changes() -> None:
 def test_evaluation_by_them_is_that_of_a_network_that_has_them() -> None:
     trainer = trained()
     split = split_of(30, seed=1)
-    statistics = trainer.recalibrated_statistics()
+    statistics = trainer.recalibration.statistics()
     found = trainer.predict(
         DeviceSplit(split, cluster_of().strategy), first=0, count=30, statistics=statistics
     )
@@ -143,13 +143,13 @@ def test_evaluation_by_them_is_that_of_a_network_that_has_them() -> None:
 def test_ten_thousand_images_are_seen_in_whole_batches_or_all_if_there_are_fewer(monkeypatch: Any) -> None:
     assert recalibration.IMAGES == 10_000
     few = trained()
-    assert few.recalibration_images == IMAGES
+    assert few.recalibration.images == IMAGES
 
     monkeypatch.setattr(recalibration, "IMAGES", 20)
     enough = trained()
-    assert enough.recalibration_images == 24
+    assert enough.recalibration.images == 24
     calls: list[None] = []
-    found = in_order(enough, enough.recalibrated_statistics(lambda: calls.append(None)))
+    found = in_order(enough, enough.recalibration.statistics(lambda: calls.append(None)))
     assert len(calls) == 3
     assert_close(found, exact(enough, images=24), 1e-5)
 

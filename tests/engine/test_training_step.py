@@ -381,7 +381,7 @@ def test_evaluation_is_traced_once_whatever_the_number_of_images_in_its_calls(re
     images = DeviceSplit(split, cluster_of(replicas).strategy)
     for count in (250, 250, 500, 100):
         trainer.predict(images, first=0, count=count * replicas)
-    assert trainer._predictor._call.experimental_get_tracing_count() == 1
+    assert trainer.predictor._call.experimental_get_tracing_count() == 1
 
 
 @pytest.mark.parametrize("recipe", ["article", "fast"])

@@ -39,11 +39,12 @@ from job.domain.record import Record
 from job.domain.settings import Cadence, Settings
 from job.engine import cluster as hardware
 from job.engine import devices
+from job.engine.recalibration import Recalibration
 from job.engine.training_step import Trainer
 from job.model import keras_file
 from job.publish import events
 from job.publish.publication import Publication
-from job.run import attempt, cadence, chief, evaluate, loop, peers, position
+from job.run import agreement, attempt, cadence, chief, evaluate, loop, position
 from job.run.committer import Committer
 from job.run.reader import read_config, read_record
 from job.store.local import LocalStore
@@ -452,13 +453,13 @@ class DuringRecalibration(Signal):
         super().__init__()
         self.left = looks
         self.begun = False
-        inner = Trainer.recalibrated_statistics
+        inner = Recalibration.statistics
 
         def begin(*arguments: Any) -> Any:
             self.begun = True
             return inner(*arguments)
 
-        monkeypatch.setattr(Trainer, "recalibrated_statistics", begin)
+        monkeypatch.setattr(Recalibration, "statistics", begin)
 
     @property
     def requested(self) -> bool:
@@ -594,11 +595,12 @@ def test_epochs_that_are_trained_again_are_shown_as_they_were_trained_last(
     train(replace(SETTINGS, epochs=3))
     after = record_of("runs/run").history
     assert [entry["step"] for entry in after] == [7, 14, 21]
-    assert not [name for name in events.final_segments(14).values() if Path("runs/run", name).exists()]
+    assert not Path("runs/run", events.segment_name(14, events.FINAL)).exists()
     assert after[0] == before[0]
     assert after[1]["wall_time"] > before[1]["wall_time"]
     for entry in after:
-        for name in events.epoch_segments(entry).values():
+        validation = events.segment_name(entry["step"])
+        for name in (validation, f"train/{validation}"):
             loader = event_file_loader.RawEventFileLoader(str(Path("runs/run", name)))
             times = {event_pb2.Event.FromString(data).wall_time for data in loader.Load()}
             assert times == {entry["wall_time"]}
@@ -655,7 +657,7 @@ def worker(index: int, chiefs: Settings) -> Any:
 
 def test_workers_take_the_chiefs_precision_and_nothing_else() -> None:
     mine = SETTINGS.identity(precision="bfloat16", data_sha256="5" * 64)
-    agreed = peers.agreed_identity(mine, SETTINGS, worker(1, SETTINGS))
+    agreed = agreement.agreed_identity(mine, SETTINGS, worker(1, SETTINGS))
     assert agreed == replace(mine, precision="float32")
     for other, message in (
         (replace(SETTINGS, seed=1), "seed: 0, not 1"),
@@ -664,9 +666,9 @@ def test_workers_take_the_chiefs_precision_and_nothing_else() -> None:
         (replace(SETTINGS, recipe=replace(RECIPES["article"], learning_rate=0.5)), "recipe_values: "),
     ):
         with pytest.raises(IdentityConflict, match=f"worker 1 was asked for another run .*{message}"):
-            peers.agreed_identity(mine, SETTINGS, worker(1, other))
+            agreement.agreed_identity(mine, SETTINGS, worker(1, other))
     with pytest.raises(IdentityConflict, match="precision: 'bfloat16', not 'float32'"):
-        peers.agreed_identity(mine, replace(SETTINGS, precision="bfloat16"), worker(1, SETTINGS))
+        agreement.agreed_identity(mine, replace(SETTINGS, precision="bfloat16"), worker(1, SETTINGS))
 
 
 def test_workers_restore_the_chiefs_commit_or_none() -> None:
@@ -677,23 +679,23 @@ def test_workers_restore_the_chiefs_commit_or_none() -> None:
         return keras_file.load(twin, path)
 
     with closing(open_store("runs/run")) as store:
-        assert peers.restored(store, Record(), worker(1, SETTINGS), load) is None
-        restored = peers.restored(store, record, worker(1, SETTINGS), load)
+        assert agreement.restored(store, Record(), worker(1, SETTINGS), load) is None
+        restored = agreement.restored(store, record, worker(1, SETTINGS), load)
         assert restored
         assert_same_state(
             replace(restored, loss_scale=newest_state("runs/run").loss_scale), newest_state("runs/run")
         )
         damage_newest_commit("runs/run")
         with pytest.raises(StorageFailed, match="worker 1 cannot read the commit from which worker 0"):
-            peers.restored(store, record, worker(1, SETTINGS), load)
+            agreement.restored(store, record, worker(1, SETTINGS), load)
 
 
 def test_only_what_a_lost_peer_can_cause_is_called_a_lost_peer() -> None:
-    with pytest.raises(tf.errors.ResourceExhaustedError), peers.leaving_together(worker(1, SETTINGS)):
+    with pytest.raises(tf.errors.ResourceExhaustedError), agreement.leaving_together(worker(1, SETTINGS)):
         raise tf.errors.ResourceExhaustedError(None, None, "no memory")
     with (
         pytest.raises(ResourceUnavailable, match="worker 1 lost a peer: reset"),
-        peers.leaving_together(worker(1, SETTINGS)),
+        agreement.leaving_together(worker(1, SETTINGS)),
     ):
         raise tf.errors.UnavailableError(None, None, "reset")
 

@@ -204,11 +204,11 @@ def test_the_fence_is_seen_behind_a_revision_of_our_own_whose_answer_was_lost(tm
     first = claim(lost, IDENTITY, settings={"epochs": 9}, take_over=True)
     with pytest.raises(StorageFailed):
         first.append(lambda record: replace(record, state="interrupted"))
-    first.log.check_fence()
+    first.check_fence()
     second = claim(MemoryStore(objects, tmp_path), IDENTITY, settings={"epochs": 9}, take_over=True)
     assert second.record.revision == 3
     with pytest.raises(Superseded):
-        first.log.check_fence()
+        first.check_fence()
     for held in (first, second):
         held.close()
 

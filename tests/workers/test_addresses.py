@@ -12,8 +12,8 @@ import pytest
 
 from job.domain.errors import ResourceUnavailable, UsageError
 from job.domain.settings import Settings
-from job.engine import worker_group
-from job.engine.worker_group import WorkerGroup
+from job.engine import rendezvous
+from job.engine.rendezvous import WorkerGroup
 from tests.workers.groups import free_ports, has_ipv6
 
 
@@ -129,26 +129,26 @@ def test_a_port_that_is_taken_is_named() -> None:
         with pytest.raises(
             ResourceUnavailable, match=f"port {port} cannot be opened: Address already in use"
         ):
-            worker_group.meet(group)
+            rendezvous.meet(group)
 
 
 def test_a_worker_answers_on_ipv4_and_on_ipv6() -> None:
     (port,) = free_ports(1)
-    with worker_group._listener(port):
-        assert worker_group._answers(f"127.0.0.1:{port}")
-        assert worker_group._answers(f"localhost:{port}")
-        assert worker_group._answers(f"[::1]:{port}") == has_ipv6()
-    assert not worker_group._answers(f"127.0.0.1:{port}")
+    with rendezvous._listener(port):
+        assert rendezvous._answers(f"127.0.0.1:{port}")
+        assert rendezvous._answers(f"localhost:{port}")
+        assert rendezvous._answers(f"[::1]:{port}") == has_ipv6()
+    assert not rendezvous._answers(f"127.0.0.1:{port}")
 
 
 def test_a_worker_answers_its_peers_however_long_it_waits() -> None:
     """Each peer asks twice a second; a queue of calls that nobody takes would be full after a minute."""
     mine, late = (f"127.0.0.1:{port}" for port in free_ports(2))
-    meeting = threading.Thread(target=worker_group.meet, args=[WorkerGroup((mine, late), 0)], daemon=True)
+    meeting = threading.Thread(target=rendezvous.meet, args=[WorkerGroup((mine, late), 0)], daemon=True)
     meeting.start()
     for _ in range(4):
         time.sleep(0.7)
-        assert all(worker_group._answers(mine) for _ in range(50))
+        assert all(rendezvous._answers(mine) for _ in range(50))
     assert meeting.is_alive()
     with socket.create_server(("127.0.0.1", int(late.rpartition(":")[2]))):
         meeting.join(timeout=5)
