@@ -1,8 +1,8 @@
 """Where a run's wall time went, over all of its attempts.
 
 Within an attempt a monotonic clock counts, and its parts add up to the whole. Between attempts there are the
-clocks of their hosts alone, which may disagree: what they say never counts below 0. A killed attempt counts as
-working until its next revision was due, and no longer.
+clocks of their hosts alone, which may disagree: what they say never counts below 0. A killed attempt counts
+as working until its next revision was due, and no longer.
 """
 
 from __future__ import annotations

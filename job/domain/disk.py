@@ -127,7 +127,7 @@ def share(path: Path | int, parent: Path, bits: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content durable, or a folder's names; a folder whose file system cannot is left as it is."""
+    """Make a file's content durable, or a folder's names where its file system can."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -27,7 +27,7 @@ def is_abandoned(record: Record, now: float) -> bool:
 
     On its own host a process is looked for. Elsewhere its last sign of life decides: it may be as old as
     SILENCE_SECONDS, or as twice the time within which the next was due. Who commits by steps or epochs does
-    not say when that is, and counts as running. A record without ``spent`` is granted twice its longest epoch.
+    not say when that is, and counts as running. A record without ``spent`` has twice its longest epoch.
     """
     if record.owners and record.owners[-1].host == socket.gethostname():
         return not is_alive(record.owners[-1])
