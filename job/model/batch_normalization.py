@@ -282,5 +282,5 @@ def _composed_gradient(
 
 # TensorFlow's kernels, those of oneDNN where it is in use.
 FUSED = Kernels(_fused_standardize, _fused_gradient)
-# On GPUs the fused gradient by constant statistics has no deterministic form, and XLA fuses these by itself.
+# On GPUs the fused gradient by constant statistics has no deterministic form, and XLA can fuse these.
 COMPOSED = Kernels(_composed_standardize, _composed_gradient)

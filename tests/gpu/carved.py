@@ -65,30 +65,36 @@ def _carve_cpu(count: int, _: int) -> None:
     driver.wrap(cluster, "take_devices", lambda take, settings, **_: take(settings))  # it would refuse
 
 
-def write_report(path: Path, losses: list[float]) -> None:
-    """Write the loss of each training step, and the bytes that each device had in use."""
+def write_report(path: Path, losses: list[float], images_on: set[str]) -> None:
+    """Write the loss of each step, the bytes that each device had in use, and what kind holds the images."""
     import tensorflow as tf
 
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     names = dict.fromkeys(f"{one.device_type}:{one.name[-1]}" for one in devices)  # a peer's are listed, too
     memory = [tf.config.experimental.get_memory_info(name) for name in names]
-    path.write_text(json.dumps({"losses": losses, "memory_bytes": memory}))
+    seen = {"losses": losses, "memory_bytes": memory, "images_on": sorted(images_on)}
+    path.write_text(json.dumps(seen))
 
 
 def watch(loaded: Any, report: Path) -> None:
     """Note the losses of all steps, and report at the end of training."""
+    import tensorflow as tf
+
     from job.engine.training_step import Trainer
 
     losses: list[float] = []
+    images_on: set[str] = set()
 
     def note(inner: Any, trainer: Any, plan: Any, rates: Any) -> Any:
+        copies = trainer._strategy.experimental_local_results(trainer.train_split.words)
+        images_on.update(str(tf.DeviceSpec.from_string(copy.device).device_type) for copy in copies)
         sums = inner(trainer, plan, rates)
         losses.extend(float(loss) / plan.order.shape[1] for loss in sums.loss)
         return sums
 
     def train(inner: Any, *arguments: Any) -> Any:
         answer = inner(*arguments)
-        write_report(report, losses)
+        write_report(report, losses, images_on)
         return answer
 
     driver.wrap(Trainer, "train_steps", note)

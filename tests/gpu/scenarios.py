@@ -91,6 +91,12 @@ class Run:
         return losses
 
     @property
+    def images_on(self) -> list[str]:
+        """The kinds of device that hold the training images."""
+        kinds: list[str] = json.loads(self.report.read_text())["images_on"]
+        return kinds
+
+    @property
     def peak_memory_bytes(self) -> list[int]:
         """Of each device of the process, as TensorFlow counts them; 0 for CPUs."""
         return [one["peak"] for one in json.loads(self.report.read_text())["memory_bytes"]]

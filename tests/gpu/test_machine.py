@@ -45,6 +45,7 @@ def check(
     off = difference(run.losses, reference.losses)
     report.note(what, run, difference_from_cpu=off)
     assert off <= TOLERANCE[result["precision"]]
+    assert run.images_on == [machine.device.kind]  # or each step would copy all of them there
     assert machine.device.kind == "CPU" or min(run.peak_memory_bytes) > 0
 
 
