@@ -18,6 +18,8 @@ from tests.container.test_image import MEGABYTE, largest_parts
 pytestmark = [pytest.mark.container, pytest.mark.gpu_image, pytest.mark.timeout(1800)]
 
 LIMIT = 7_200 * MEGABYTE
+# tsl::internal::DsoLoader::TryDlopenCUDALibraries(); its absl::Status comes back through the first argument.
+TRY_LIBRARIES, OK = "_ZN3tsl8internal9DsoLoader22TryDlopenCUDALibrariesEv", 1
 IMAGE = "localhost/cifar-residual-job-test-gpu:1"
 
 
@@ -47,6 +49,23 @@ def test_it_has_what_tensorflow_loads_and_compiles_with(engine: Engine, image: s
         assert list(nvidia.rglob("libdevice.10.bc"))
     assert {"libcudart", "libcudnn", "libnccl", "libcublas", "libcufft", "libcusolver"} <= libraries
     assert "ptxas" in programs
+
+
+def test_tensorflow_finds_all_of_cuda_there(engine: Engine, image: str) -> None:
+    """By its own look at the libraries: without one of them it takes no GPU. No GPU is needed to look."""
+    code = (
+        "import ctypes, sys\n"
+        "from job.engine import startup\n"
+        "if sys.argv[1] == 'with': startup.load_cusolver()\n"
+        "from importlib.util import find_spec\n"
+        "(folder,) = find_spec('tensorflow').submodule_search_locations\n"
+        "library, status = ctypes.CDLL(f'{folder}/libtensorflow_framework.so.2'), ctypes.c_uint64()\n"
+        f"library['{TRY_LIBRARIES}'](ctypes.byref(status))\n"
+        f"print(status.value == {OK})"
+    )
+    for loads, found in (("with", "True"), ("without", "False")):
+        told = engine.run(image, "-c", code, loads, options=("--entrypoint=python",))
+        assert told.stdout.strip() == found, told.stderr
 
 
 def test_it_trains_on_the_cpu_where_there_is_no_gpu(engine: Engine, image: str, runs: Path) -> None:

@@ -18,6 +18,7 @@ from job.run import owner
 from job.run.committer import Committer
 from job.run.owner import HeldRun
 from job.run.position import Position
+from job.run.reader import checkpoint_name
 from job.run.record_log import Change, RecordLog
 from job.store import local
 from job.store.checksum import crc32c
@@ -83,7 +84,7 @@ def name_before_the_upload(patch: pytest.MonkeyPatch) -> None:
         path = self._run.store.scratch() / "first"
         self._save(state, path)
         commit = Commit(
-            name=self._checkpoint_name(position.progress.step),
+            name=checkpoint_name(position.progress.step, self._run.record.attempt),
             size=path.stat().st_size,
             crc32c=crc32c(path),
             progress=position.progress,
