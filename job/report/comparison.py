@@ -32,7 +32,7 @@ def require_plots_extra() -> None:
         if find_spec(package) is None:
             raise UsageError(
                 f"compare needs SciPy and Matplotlib, but {package} is not installed; install the extra that "
-                "the light image leaves out: pip install '.[plots]'"
+                "the job's image leaves out: pip install '.[plots]'"
             )
 
 

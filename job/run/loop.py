@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from job.data.epoch_plan import EpochPlan, steps_per_epoch
+from job.domain.account import Kind
 from job.engine.device_split import DeviceSplit
 from job.engine.prediction import Predictions
 from job.engine.recalibration import Callback
@@ -119,11 +120,13 @@ class TrainingLoop:
         count = self._steps_of_next_call()
         batches = plan.batches(first=before.batch, count=count, batch_size=self._identity.batch_size)
         rates = [self._learning_rate(before.step + index) for index in range(count)]
-        started, traced = time.perf_counter(), not self._pace.has_traced
-        with self._stopwatch.spending("starting" if traced else "training"):
+        traced = not self._pace.has_traced
+        kind: Kind = "starting" if traced else "training"
+        spent = self._stopwatch.seconds(kind)
+        with self._stopwatch.spending(kind):
             sums = self._trainer.train_steps(batches, np.array(rates, np.float32))
         self._stopwatch.switch("other")  # what comes before the first call counts as the start
-        seconds, images = time.perf_counter() - started, batches.order.size
+        seconds, images = self._stopwatch.seconds(kind) - spent, batches.order.size
         _check_finite(sums.loss, "loss of", before.step + 1)
         self._pace.took(seconds, steps=images / self._identity.batch_size)
         self._move_on(sums, steps=count, images=images, seconds=seconds, traced=traced)

@@ -201,9 +201,9 @@ class HeldRun(RecordLog):
         """
         try:
             restored = read_newest_commit(self.store, self.record, read)
-        except (NotFound, InvalidData):
+        except (NotFound, InvalidData) as error:
             self.check_fence()
-            raise
+            raise InvalidData(str(error)) from error
         if restored is not None and restored[1] != self.record.restorable[0]:
             self.check_fence()
             self._give_up_after(restored[1])

@@ -46,13 +46,24 @@ def test_the_loop_is_blocked_for_a_hundredth_of_an_epoch_at_most(
 
 
 def test_a_resumed_process_soon_trains(place_in: Callable[[str], Place], tmp_path: Path) -> None:
+    """The quickest of up to three, beside the quickest bare first step: what else runs here slows some."""
     place = place_in(str(tmp_path / "runs"))
     place.stopped_at("appended", 2, *SHAPE).kill()
-    longest = LONGEST_RESUME * bare_first_step(WORKLOADS["small"])
+    bare, resumed = [], []
+    for _ in range(3):
+        bare.append(bare_first_step(WORKLOADS["small"]))
+        resumed.append(seconds_to_a_step(place))
+        if min(resumed) <= LONGEST_RESUME * min(bare):
+            return
+    pytest.fail(f"a resumed process trained after {resumed} s, a bare one after {bare} s")
+
+
+def seconds_to_a_step(place: Place) -> float:
+    """From the start of a process that continues the run to the end of its first step; it is killed then."""
     started = time.monotonic()
     job = place.start(*SHAPE, cold=True, clock=True)
-    while "clock step" not in job.text:
-        assert time.monotonic() - started <= longest, job.text
-        time.sleep(0.05)
+    job.wait_until_said("clock step")
+    seconds = time.monotonic() - started
     assert "continuing from step" in job.text
     job.kill()
+    return seconds
