@@ -18,7 +18,7 @@ from job.console import Reporter, current_reporter
 from job.domain.errors import Interrupted, JobError
 from job.run.signals import Interruption, leave
 
-UNEXPECTED = 71
+UNEXPECTED = JobError.exit_code
 # What other programs call our options.
 SYNONYMS = {
     "--batch": "--batch-size",
@@ -43,7 +43,7 @@ def main(interruption: Interruption | None = None) -> None:
         _tell_usage(error)
         code = error.exit_code
     except click.Abort:
-        code = 75
+        code = Interrupted.exit_code
     except JobError as error:
         kind = "Interrupted" if isinstance(error, Interrupted) else "Error"
         current_reporter().write("ERROR", f"{kind}: {error}")

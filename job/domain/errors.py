@@ -38,7 +38,7 @@ class ResourceUnavailable(JobError):
 
 
 class Diverged(JobError):
-    """The loss is no longer finite."""
+    """The loss or the weights are no longer finite."""
 
     exit_code = 70
 

@@ -157,6 +157,12 @@ def _check_same_devices(group: WorkerGroup, devices: Devices) -> None:
     )
 
 
+def use_determinism(wanted: bool | None, cluster: Cluster) -> None:
+    """Let TensorFlow compute the same bits each time, where that is wanted; by default on CPUs alone."""
+    if wanted or (wanted is None and not cluster.on_gpu):
+        tf.config.experimental.enable_op_determinism()
+
+
 def resolve_xla(wanted: Literal["auto", "on", "off"], cluster: Cluster, *, sync_batch_norm: bool) -> bool:
     """Whether forward and backward are compiled by XLA.
 

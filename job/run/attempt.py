@@ -1,4 +1,4 @@
-"""The story of an attempt: claim the run, restore, train epochs, evaluate, commit, finish."""
+"""The story of an attempt: meet, agree, claim the run, restore, train epochs and commit, evaluate, finish."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from job.run.stopwatch import Stopwatch
 from job.store.contract import Store
 from job.store.location import open_store
 
-RESERVED_SECONDS = 3.5  # of the grace, for all that is no call of the store
+RESERVED_SECONDS = 3.5  # of the grace, for all that is done outside the store
 
 
 def train(settings: Settings, interruption: Interruption, read: Read, reporter: Reporter) -> dict[str, Any]:
@@ -59,7 +59,8 @@ def train(settings: Settings, interruption: Interruption, read: Read, reporter: 
     check_batch(batch_size=settings.batch_size, images=len(splits.train.labels), replicas=cluster.replicas)
     with agreement.leaving_together(cluster):
         identity = agreement.agreed_identity(identity, settings, cluster)
-        twin = fresh_twin(settings, identity, cluster)
+        hardware.use_determinism(settings.deterministic, cluster)
+        twin = fresh_twin(identity)
         job = Job(settings, identity, cluster, splits, twin, reporter, stopwatch)
         with closing(store_of(settings, identity)) as store, claimed(store, job) as chief:
             return Attempt(job, store, chief, interruption).run()
@@ -90,7 +91,7 @@ class Attempt:
                 self._commit_if_due(epoch_ended=True)
                 self._stop_if_asked()
             return self._finish()
-        except (NotFinite, Diverged) as error:  # of a loss, or of weights that were to be committed
+        except (NotFinite, Diverged) as error:  # a loss is not finite, or weights that were to be committed
             if self._chief:
                 self._chief.note_divergence(self._stopwatch.spent(ended=True))
             kept = what_is_kept(self._chief)
@@ -100,7 +101,7 @@ class Attempt:
         """Continue from the newest whole commit, or start from fresh weights."""
         fresh = keras_file.state_of(self._job.twin)
         restored = self._chief.restore() if self._chief else None
-        # The chief names the commit that all restore: it may have passed over a damaged one.
+        # All restore what the chief restored: it may have passed over a damaged commit.
         chiefs = self._job.cluster.from_chief(self._chief.record.to_bytes() if self._chief else b"")
         record = Record.from_bytes(chiefs, self._store.location)
         if self._chief:
@@ -125,7 +126,7 @@ class Attempt:
         """Commit where it is time to: the chief alone, for all."""
         if self._chief is None:
             return
-        progress, committer = self._loop.position.progress, self._chief.commits
+        progress, committer = self._loop.position.progress, self._chief.committer
         is_last = epoch_ended and progress.epoch == self._job.settings.epochs
         self._schedule.commit_seconds = committer.seconds
         if self._schedule.is_due(progress, busy=committer.busy) or is_last or committer.failed:
@@ -133,12 +134,12 @@ class Attempt:
             self._commit(self._chief)
 
     def _commit(self, chief: Chief) -> None:
-        """Copy the state and commit it in the background, with the time within which the next one is due."""
+        """Copy the state, commit it in the background, and note when the next commit is due."""
         evaluation = self._loop.position.evaluation_seconds
         spent = self._stopwatch.spent(due=self._schedule.due_seconds(evaluation))
         with self._stopwatch.spending("committing"):
             try:
-                chief.commits.submit(*self._snapshot(), lambda record: record.with_spent(spent))
+                chief.committer.submit(*self._snapshot(), lambda record: record.with_spent(spent))
             except StorageFailed:
                 if not self._interruption.requested:  # else the signal's own commit is still to come
                     raise
@@ -151,14 +152,14 @@ class Attempt:
 
         if self._chief:
             with self._stopwatch.spending("committing"):
-                self._chief.commits.finish(self._loop.position, self._snapshot, concluded)
+                self._chief.committer.finish(self._loop.position, self._snapshot, concluded)
 
     def _snapshot(self) -> tuple[State, Position]:
         state = self._trainer.state
         return state, self._loop.position.with_loss_scale(*state.loss_scale)
 
     def _stop_if_asked(self) -> None:
-        """Leave the run to a newer attempt, or commit and end where a signal asks some worker to."""
+        """Stop where a newer attempt owns the run; commit and stop where any worker was signalled."""
         if self._chief:
             self._chief.check_fence()
         with self._stopwatch.spending("waiting"):
@@ -171,19 +172,19 @@ class Attempt:
         try:
             self._conclude(lambda record: replace(record, state="interrupted"))
         except StorageFailed as error:
-            if self._chief and not self._chief.commits.has_committed(self._loop.position):
+            if self._chief and not self._chief.committer.has_committed(self._loop.position):
                 lost = f", what came after could not be saved ({error})"
         self._wait_for_chief()
         kept = what_is_kept(self._chief) + lost
         raise Interrupted(f"a signal asked the job to stop; {kept}, run the same command again to continue")
 
     def _wait_for_chief(self) -> None:
-        """Hold the other workers until the chief's last revision is there, or the chief is lost."""
+        """Wait, on all workers, until the chief has written its last revision, or is lost."""
         with self._stopwatch.spending("waiting"):
             self._job.cluster.number_from_chief(0)
 
     def _finish(self) -> dict[str, Any]:
-        """Evaluate on the test set, and by batch statistics taken anew, and complete the record."""
+        """Evaluate on the test set, and with batch statistics taken anew; mark the run complete."""
         evaluated = self._loop.evaluate_at_end(after_each=self._stop_if_asked)
         job, position = self._job, self._loop.position
         result = result_of(job.identity, job.cluster, position, job.splits, **evaluated)

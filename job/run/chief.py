@@ -51,7 +51,7 @@ def _holding(store: Store, job: Job) -> Iterator[Chief]:
     run = claim(store, job.identity, settings=asdict(settings), take_over=settings.take_over, spent=spent)
     with closing(run):
         chief = Chief(run, job)
-        with closing(chief.commits):
+        with closing(chief.committer):
             yield chief
 
 
@@ -63,7 +63,7 @@ class Chief:
         config, sample = read_config(run.store) or {}, job.splits.train
         self._publication = Publication(run.store, config, sample, job.twin, read=read_record)
         keep, publish = job.settings.keep, self._publication.publish
-        self.commits = Committer(run, keep=keep, save=self._save, publish=publish)
+        self.committer = Committer(run, keep=keep, save=self._save, publish=publish)
 
     @property
     def record(self) -> Record:
@@ -92,7 +92,7 @@ class Chief:
     def note_divergence(self, spent: Spent) -> None:
         """Say in the record that the run diverged, if storage lets us: that is true whatever storage says."""
         self._run.store.finish_within(LAST_WORDS_SECONDS)
-        self.commits.wait(LAST_WORDS_SECONDS)
+        self.committer.wait(LAST_WORDS_SECONDS)
         with suppress(JobError):
             self._run.append(lambda record: replace(record.with_spent(spent), state="diverged"))
 

@@ -18,9 +18,9 @@ from typing import Any
 from job.domain.disk import disk_errors
 from job.domain.errors import StorageFailed
 from job.domain.record import Commit, Record
+from job.run.names import checkpoint_name
 from job.run.owner import HeldRun
 from job.run.position import Position
-from job.run.reader import checkpoint_name
 from job.run.record_log import Change
 from job.store.checksum import crc32c
 from job.store.contract import AlreadyExists

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from job.console import Reporter, duration
 from job.data import fetch, sources
@@ -22,6 +21,7 @@ from job.engine import cluster as hardware
 from job.engine.cluster import Cluster
 from job.engine.training_step import Trainer
 from job.model import keras_file
+from job.run.job import fresh_twin
 from job.run.owner import find_record, refuse_living_owner
 from job.run.resolve import has_finished, identity_of, refuse_untrainable
 from job.store.location import join, open_store
@@ -80,15 +80,13 @@ def _found(location: str, identity: Identity, settings: Settings) -> str:
 
 def _step_seconds(settings: Settings, identity: Identity, cluster: Cluster) -> tuple[float, float]:
     """Seconds of the first step, which compiles, and of one after it, on images of noise."""
-    if settings.deterministic or (settings.deterministic is None and not cluster.on_gpu):
-        tf.config.experimental.enable_op_determinism()
+    hardware.use_determinism(settings.deterministic, cluster)
     share = replace(identity, batch_size=identity.batch_size // settings.workers)
     xla = hardware.resolve_xla(settings.xla, cluster, sync_batch_norm=settings.sync_batch_norm)
     noise = np.random.default_rng(0).integers(0, 256, (share.batch_size, 32, 32, 3), np.uint8)
     labels = np.arange(share.batch_size, dtype=np.int32) % 10
     trainer = Trainer(share, cluster, train=Split(noise, labels), xla=xla)
-    twin = keras_file.plain_twin(identity.network, identity.recipe, precision=identity.precision, seed=0)
-    trainer.state = keras_file.state_of(twin)
+    trainer.state = keras_file.state_of(fresh_twin(identity))
     recipe = identity.recipe
     step = EpochPlan.draw(
         images=share.batch_size, seed=0, epoch=0, crop_padding=recipe.crop_padding, flip=recipe.flip

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import keras
-import tensorflow as tf
 
 from job.console import Reporter
 from job.data.splits import Splits
@@ -36,10 +35,8 @@ def store_of(settings: Settings, identity: Identity) -> Store:
     return open_store(join(settings.output, settings.name or identity.default_name))
 
 
-def fresh_twin(settings: Settings, identity: Identity, cluster: Cluster) -> keras.Model:
-    """The run's plain network with its first weights; TensorFlow is deterministic from here on, if asked."""
-    if settings.deterministic or (settings.deterministic is None and not cluster.on_gpu):
-        tf.config.experimental.enable_op_determinism()
+def fresh_twin(identity: Identity) -> keras.Model:
+    """The run's plain network with its first weights."""
     return keras_file.plain_twin(
         identity.network, identity.recipe, precision=identity.precision, seed=identity.seed
     )

@@ -20,8 +20,9 @@ from job.domain.errors import IdentityConflict, InvalidData, JobError, Supersede
 from job.domain.identity import FORMAT, Identity
 from job.domain.network import CLASSES
 from job.domain.record import Commit, Owner, Record
+from job.run.names import CHECKPOINT, CONFIG, record_name
 from job.run.processes import is_alive, this_process
-from job.run.reader import CHECKPOINT, CONFIG, read_config, read_newest_commit, read_record, record_name
+from job.run.reader import read_config, read_newest_commit, read_record
 from job.run.record_log import RecordLog, superseded_error
 from job.run.versions import source_revision
 from job.store.contract import AlreadyExists, NotFound, Store

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 from collections.abc import Callable
 from contextlib import closing
@@ -13,28 +12,16 @@ from typing import Any, TypeVar
 from job.domain.errors import InvalidData, MissingInput, StorageFailed, UsageError
 from job.domain.identity import FORMAT, Identity
 from job.domain.record import Commit, Record, parse
+from job.run.names import CONFIG, RECORD, record_name
 from job.store.checksum import crc32c
 from job.store.contract import NotFound, Store
 from job.store.local import LocalStore, visible_files
 from job.store.location import join, open_store
 
-CONFIG = "config.json"
-RECORD = re.compile(r"record-(\d{10})\.json")
-CHECKPOINT = re.compile(r"checkpoints/step-\d{10}-a(?P<attempt>\d{4,})-[0-9a-f]+\.keras")
 READ_TRIES = 100  # of a record that is replaced while it is read
 
 log = logging.getLogger("job")
 State = TypeVar("State")
-
-
-def record_name(revision: int) -> str:
-    """Name of the object that holds a revision of the record."""
-    return f"record-{revision:010d}.json"
-
-
-def checkpoint_name(step: int, attempt: int) -> str:
-    """A new name for the object that holds a checkpoint of an attempt; each call gives another."""
-    return f"checkpoints/step-{step:010d}-a{attempt:04d}-{secrets.token_hex(4)}.keras"
 
 
 def read_revision(store: Store, revision: int) -> Record:

@@ -20,7 +20,8 @@ from dataclasses import replace
 
 from job.domain.errors import JobError, Superseded
 from job.domain.record import Record
-from job.run.reader import read_revision, record_name
+from job.run.names import record_name
+from job.run.reader import read_revision
 from job.store.contract import AlreadyExists, NotFound, Store
 
 log = logging.getLogger("job")

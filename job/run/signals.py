@@ -4,7 +4,8 @@ A Python signal handler waits while C++ imports, compiles or hangs in a collecti
 handlers of its own accord (several workers' coordination takes SIGTERM). So the signals are blocked in every
 thread, where no handler matters, and a watchdog thread waits for them with ``sigtimedwait``: it ends the
 process when the grace is over, at once when there is nothing to save, and at a second signal. The last
-commit is intact at any instant, which makes ending at any instant safe.
+commit is intact at any instant, which makes ending at any instant safe. How the loop stops in time is in
+``Attempt._stop_if_asked``.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from job.domain.identity import FORMAT
 from job.report.figures import depth_figure
 from job.report.pairing import Pairing
 from job.report.summaries import NAMES
-from job.run.reader import record_name
+from job.run.names import record_name
 from tests.docs.pages import EXPERIMENT, README, table
 from tests.records import newest_record
 from tests.test_house import ROOT, run_make

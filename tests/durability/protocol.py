@@ -25,9 +25,10 @@ from job.domain.record import Finished, Progress, Record
 from job.domain.settings import Settings
 from job.publish.publication import Publication, withdraw
 from job.run.committer import Committer
+from job.run.names import RECORD
 from job.run.owner import HeldRun, claim, delete_leftovers, find_record
 from job.run.position import Position
-from job.run.reader import RECORD, read_record
+from job.run.reader import read_record
 from job.store.checksum import crc32c
 from job.store.contract import Entry, Store
 from tests.support import split_of

@@ -16,7 +16,8 @@ from unittest import mock
 
 from job.domain.errors import JobError, Superseded
 from job.publish.publication import MODEL
-from job.run.reader import RECORD, read_record
+from job.run.names import RECORD
+from job.run.reader import read_record
 from job.store.contract import Store
 from job.store.local import LocalStore
 from tests.durability.protocol import EPOCHS, STEPS_PER_EPOCH, MortalStore, play, play_until_killed

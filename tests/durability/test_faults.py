@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from job.domain.errors import Diverged, InvalidData, PermissionRefused, StorageFailed
-from job.run.reader import CONFIG, RECORD, read_record
+from job.run.names import CONFIG, RECORD
+from job.run.reader import read_record
 from job.store.contract import Store
 from tests.durability.conftest import Place
 from tests.durability.outcome import Outcome, check_same_outcome

@@ -16,9 +16,9 @@ from job.domain.record import Commit, Record
 from job.publish.publication import MODEL, RESULT
 from job.run import owner
 from job.run.committer import Committer
+from job.run.names import checkpoint_name
 from job.run.owner import HeldRun
 from job.run.position import Position
-from job.run.reader import checkpoint_name
 from job.run.record_log import Change, RecordLog
 from job.store import local
 from job.store.checksum import crc32c

@@ -12,7 +12,8 @@ from typing import Any
 from job.domain.record import Commit, Record
 from job.publish.publication import MODEL, RESULT
 from job.report.finding import load_runs
-from job.run.reader import RECORD, read_record
+from job.run.names import RECORD
+from job.run.reader import read_record
 from job.store.checksum import crc32c
 from job.store.contract import NotFound, Store
 

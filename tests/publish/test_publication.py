@@ -18,7 +18,8 @@ from job.domain.settings import Settings
 from job.model import keras_file
 from job.publish import publication as publishing
 from job.publish.publication import MODEL, RESULT, Publication
-from job.run.reader import read_record, record_name
+from job.run.names import record_name
+from job.run.reader import read_record
 from job.store.checksum import crc32c
 from job.store.local import LocalStore
 from tests.support import TINY, dataset_of

@@ -38,7 +38,7 @@ from job.report.caveats import caveats
 from job.report.finding import load_runs
 from job.report.pairing import Pairing, depth_changes, pairings, recalibrated_accuracy
 from job.report.summaries import NAMES, TIMES, RunSummary
-from job.run.reader import record_name
+from job.run.names import record_name
 from job.store.location import open_store
 
 TWENTY, FIFTY_SIX = (3, 3, 3), (9, 9, 9)

@@ -18,8 +18,9 @@ from job.domain.identity import Identity
 from job.domain.settings import Settings
 from job.engine import cluster as hardware
 from job.run import dry_run, owner
+from job.run.names import record_name
 from job.run.processes import name_of
-from job.run.reader import read_record, record_name
+from job.run.reader import read_record
 from job.store.local import LocalStore
 from tests.support import TINY, cluster_of
 

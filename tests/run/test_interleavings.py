@@ -23,9 +23,10 @@ from job.publish import events, pictures
 from job.publish.publication import MODEL, RESULT, Publication
 from job.run import owner
 from job.run.committer import Committer
+from job.run.names import RECORD
 from job.run.owner import HeldRun, claim
 from job.run.position import Position
-from job.run.reader import RECORD, read_record
+from job.run.reader import read_record
 from job.run.record_log import RecordLog
 from job.store.contract import AlreadyExists
 from tests.run.interleavings import Call, MemoryStore, Objects, Switches, Turns, explore

@@ -26,9 +26,10 @@ from job.publish.publication import MODEL, RESULT
 from job.run import committer as committing
 from job.run import owner
 from job.run.committer import Committer
+from job.run.names import CONFIG, RECORD, record_name
 from job.run.owner import HeldRun, claim, find_record
 from job.run.position import Position
-from job.run.reader import CONFIG, RECORD, read_config, read_record, record_name
+from job.run.reader import read_config, read_record
 from job.store.checksum import crc32c
 from job.store.contract import AlreadyExists
 from job.store.local import LocalStore

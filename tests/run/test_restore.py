@@ -15,7 +15,8 @@ import pytest
 
 from job.domain.record import Record
 from job.model import keras_file
-from job.run.reader import read_commit, read_record, record_name
+from job.run.names import record_name
+from job.run.reader import read_commit, read_record
 from job.store.checksum import crc32c
 from job.store.location import open_store
 from tests.run.test_attempt import SETTINGS, newest_state, tiny_world, train, twin_of

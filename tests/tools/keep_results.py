@@ -37,7 +37,8 @@ from job.report.figures import PANELS, curves_figure, depth_figure
 from job.report.finding import load_runs
 from job.report.pairing import Pairing, depth_changes, pairings, recalibrated_accuracy
 from job.report.summaries import NAMES, RunSummary
-from job.run.reader import find_runs, read_config, read_record, record_name
+from job.run.names import record_name
+from job.run.reader import find_runs, read_config, read_record
 from job.store.contract import NotFound
 from job.store.location import open_store
 from tests.tools.regions import with_region
