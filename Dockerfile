@@ -114,15 +114,15 @@ RUN install -d -o 10001 -g 10001 /runs /data
 # Nothing, or the verified files.
 COPY --from=data /data /data
 # Safe path: a module that lies in the working folder is never imported. Whatever libraries like to keep goes to /tmp,
-# since the home may not be writable; what CUDA compiles for GPUs that TensorFlow has no code for may be 4 GiB. GKE mounts
-# the GPU's driver under /usr/local/nvidia.
+# since the home may not be writable; 2 GiB at most of what CUDA compiles for GPUs that TensorFlow has no code for. GKE
+# mounts the GPU's driver under /usr/local/nvidia.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1 \
     LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64 \
     CUDA_CACHE_PATH=/tmp/cuda-cache \
-    CUDA_CACHE_MAXSIZE=4294967296 \
+    CUDA_CACHE_MAXSIZE=2147483648 \
     KERAS_HOME=/tmp/keras \
     XDG_CACHE_HOME=/tmp/cache \
     JOB_CACHE=/tmp/job-cache \

@@ -8,7 +8,7 @@ KNOWN_demo        := DEMO DEMO_ARGS $(MACHINE)
 KNOWN_data        := DATA ARGS $(MACHINE)
 KNOWN_run         := $(TRAINS) $(MACHINE)
 KNOWN_experiment  := $(TRAINS) EXPERIMENT SHAPES FILTERS SEEDS ARTICLE PRECISION $(MACHINE)
-KNOWN_docker-run  := $(TRAINS) IMAGE BUILD_ARGS DOCKER DOCKER_ARGS $(MACHINE)
+KNOWN_docker-run  := $(TRAINS) IMAGE BUILD_ARGS PLATFORM DOCKER DOCKER_ARGS $(MACHINE)
 READ_BELOW         = $(shell grep -oE '[$$][(][A-Z_]+[)]|^[A-Z_]+' $(firstword $(MAKEFILE_LIST)) | tr -d '$$()' | sort -u)
 TYPED             := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq ($(TYPED),)
@@ -72,7 +72,7 @@ PORT        ?= 6006
 # a tilde that the shell has left as it is
 $(foreach name,DATA RUNS DEMO EXPERIMENT OUTPUT,$(eval override $(name) := $$(patsubst ~/%,$$(HOME)/%,$$($(name)))))
 # of the images, e.g. linux/amd64; docker-push has that by default, as the cluster's nodes do
-PLATFORM    ?=
+PLATFORM    :=
 # further options of the engine's `build` and `run`
 BUILD_ARGS  ?=
 DOCKER_ARGS ?=
@@ -321,7 +321,7 @@ endef
 SUITS = import ensurepip, sys, venv; sys.exit(sys.platform != "linux" or not (3, 11) <= sys.version_info[:2] <= (3, 13))
 define NO_PYTHON
 { \
-	echo "TensorFlow 2.21 and this job need Linux (elsewhere: make docker-run) and Python 3.11, 3.12 or 3.13"; \
+	echo "TensorFlow 2.21 and this job need Linux on x86-64 and Python 3.11, 3.12 or 3.13"; \
 	echo "with its venv module (Debian and Ubuntu: apt-get install python3-venv). What was found does not do:"; \
 	for python in $(PYTHONS); do \
 		echo "  $$python: $$("$$python" --version 2>/dev/null || echo not installed)"; \

@@ -19,7 +19,7 @@ log = logging.getLogger("job")
 DRIVER = "/proc/driver/nvidia/version"  # exists where NVIDIA's driver is loaded
 NEEDS = (
     "check the driver, the container's GPU access (docker run --gpus all; nvidia.com/gpu in a pod), and "
-    "CUDA's libraries (the image has them; else pip install 'tensorflow[and-cuda]==2.21.*')"
+    "CUDA's libraries (the image has them; else pip install --no-deps -r requirements/gpu.lock)"
 )
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -64,7 +64,7 @@ def take_devices(settings: Settings, *, workers: int = 1) -> Devices:
             "the CPU"
         )
     if os.path.exists(DRIVER) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        log.warning("TensorFlow sees no GPU, though NVIDIA's driver is here; for one %s", NEEDS)
+        log.warning("TensorFlow sees no GPU, though NVIDIA's driver is here; to use one, %s", NEEDS)
     replicas = settings.replicas or 1
     if workers > 1 and replicas > 1:
         raise UsageError(

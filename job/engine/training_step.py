@@ -73,7 +73,9 @@ class Trainer:
             self.optimizer = _make_optimizer(identity.recipe)
             self.optimizer.build(self.network.trainable_variables)
             self._loss_scale = tf.Variable(LOSS_SCALE_START, trainable=False)
-            self._finite_steps = tf.Variable(0, trainable=False, dtype=tf.int64)  # GPUs hold no int32
+            self._finite_steps = tf.Variable(
+                0, trainable=False, dtype=tf.int64
+            )  # int32 would stay on the host
         self._logits = keras.Model(self.network.input, self.network.get_layer("logits").output)
         self.predictor = Predictor(self._logits, cluster)
         self.train_split = DeviceSplit(train, self._strategy)
@@ -264,7 +266,7 @@ def crop_and_flip(images: tf.Tensor, offsets: tf.Tensor, flips: tf.Tensor, *, pa
         padding: pixels on each side.
     """
     padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
-    window = tf.range(IMAGE_SIZE, dtype=tf.int64)  # int32 is added on the host alone
+    window = tf.range(IMAGE_SIZE, dtype=tf.int64)  # int32 would be added on the host
     offsets = tf.cast(offsets, tf.int64)
     columns = tf.where(flips[:, None], IMAGE_SIZE - 1 - window, window) + offsets[:, 1, None]  # [N, 32]
     rows = window + offsets[:, 0, None]

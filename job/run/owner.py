@@ -237,9 +237,8 @@ class HeldRun(RecordLog):
 
     def _poll_fence(self) -> None:
         while not self._closed.wait(FENCE_POLL_SECONDS):
-            with suppress(
-                JobError
-            ):  # it is noted that we are superseded; the next commit meets other trouble
+            # That we are superseded is noted; other trouble is met, and told, by the next commit.
+            with suppress(JobError):
                 self.check_fence()
 
     def close(self) -> None:

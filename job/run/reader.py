@@ -139,7 +139,7 @@ def read_newest_commit(
     if record.restorable:
         raise InvalidData(
             f"{store.location}: none of its {len(record.restorable)} commits can be read (see the warnings "
-            "above); nothing was deleted: restore the files or choose another --name"
+            "above); nothing was deleted: restore the files, or train under another --name"
         )
     return None
 

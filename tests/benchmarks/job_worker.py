@@ -145,6 +145,7 @@ def main() -> None:
     if options.workers == 2:
         take_half_of_the_cores()
     startup.set_environment(filters=options.filters)
+    startup.load_cusolver()
     with startup.quiet():
         import job.run.attempt  # noqa: F401
     work = Work(options)

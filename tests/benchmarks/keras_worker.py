@@ -1,16 +1,20 @@
-"""The article's network and its way of training, ``fit``. Nothing of job/ is in it."""
+"""The article's network and its way of training, ``fit``. Nothing of job/ is in it but how it finds GPUs."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-import keras
 import numpy as np
-import tensorflow as tf
-from keras import layers
 
+from job.engine.startup import load_cusolver
 from tests.benchmarks.turns import Turns
+
+load_cusolver()
+
+import keras  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from keras import layers  # noqa: E402
 
 Tensor = Any
 TOGETHER = {"CPU": 1, "GPU": 10}  # batches between looks at the clock, for which a GPU must be waited for

@@ -40,8 +40,6 @@ MOMENTS = {
     "before a revision": ("append", 3, 6),
     "after a revision": ("appended", 3, 6),
 }
-# Whoever hangs in the first call has nothing to save, as in "compile".
-STUCK_MOMENTS = [name for name in MOMENTS if name != "first call"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +81,7 @@ def test_a_signal_during(name: str, place: Place, reference: Outcome, seconds: d
 
 
 @pytest.mark.parametrize("place", ["local"], indirect=True)
-@pytest.mark.parametrize("name", STUCK_MOMENTS)
+@pytest.mark.parametrize("name", MOMENTS)
 def test_a_signal_while_it_is_stuck_in_native_code_during(
     name: str, place: Place, reference: Outcome, seconds: dict[str, float]
 ) -> None:
@@ -163,8 +161,8 @@ def test_a_revision_whose_answer_is_lost_before_an_outage_is_not_taken_for_a_new
 ) -> None:
     """The commit is stored, nobody says so, and the signal finds storage that is out.
 
-    Nothing is said to be lost only where the record holds all: the last epoch's commit can be the second
-    whose answer is lost, and then be found.
+    Nothing is said to be lost only where the record holds all: the last epoch's commit, too, may be stored
+    with its answer lost, and is found later.
     """
     with place.losing_an_answer(server) as job:
         assert interrupt(job) < GRACE_SECONDS

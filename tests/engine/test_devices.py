@@ -85,6 +85,7 @@ def test_a_gpu_that_the_driver_has_and_tensorflow_has_not_is_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As where CUDA's libraries are not installed; not where somebody hides the GPUs."""
+    monkeypatch.setattr(devices.log, "propagate", True)
     monkeypatch.setattr(devices, "_take_cpus", lambda replicas: Devices("CPU", ("one",)))
     for driver, visible, warned in (
         (False, "0", False),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _ctypes
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from job.domain.errors import ResourceUnavailable
@@ -58,7 +58,7 @@ def test_cusolver_is_loaded_from_beside_tensorflow_which_then_finds_it_by_its_na
     for content, loaded in (
         (None, False),
         (b"no library", False),
-        (Path(_ctypes.__file__).read_bytes(), True),
+        (Path(np.random._pcg64.__file__).read_bytes(), True),
     ):
         if content is not None:
             library.write_bytes(content)

@@ -244,7 +244,6 @@ def test_delete_keeps_namespace_and_volume_unless_all_shall_go(make: Make, tmp_p
 
 
 def test_logs_are_those_of_one_network(make: Make, tmp_path: Path) -> None:
-    (tmp_path / "started").touch()
     assert make("k8s-logs", "MODEL=plainnet", "ARGS=--since=1h").returncode == 0
     (call,) = calls(tmp_path)
     assert call.startswith("logs -l app.kubernetes.io/component=training,app.kubernetes.io/name=plainnet ")

@@ -513,13 +513,14 @@ def test_finish_within_shortens_a_call_in_progress(store: GcsStore, proxy: Gatew
 
     thread = threading.Thread(target=wait)  # it would try for 60 s
     thread.start()
-    while proxy.injected["status"] < 2:
+    while thread.is_alive() and proxy.injected["status"] < 2:
         time.sleep(0.01)
     start = time.monotonic()
     store.finish_within(0.3)
     thread.join(5)
     assert time.monotonic() - start < 3.0
     assert [failure.exit_code for failure in failures] == [74]
+    assert proxy.injected["status"] >= 2
     with pytest.raises(StorageFailed, match="time for storage was used up"):
         store.create("late", b"")
 
@@ -552,4 +553,4 @@ def test_a_stalled_service_is_found_by_check(open_on: Open, proxy: Gateway) -> N
     store.finish_within(0.0)
     for thread in threading.enumerate():
         if thread.name == "storage check":  # else it would try on in the next test's surroundings
-            thread.join()
+            thread.join(10)
