@@ -11,6 +11,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
+from job.domain.disk import disk_errors
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -193,7 +195,7 @@ def json_line(severity: str, message: str, **fields: Any) -> str:
 
 def show(text: str) -> None:
     """Print a result on standard output; a reader that has seen enough, as `head` may have, is no error."""
-    with suppress(BrokenPipeError):
+    with disk_errors("write to", "standard output"), suppress(BrokenPipeError):
         print(text, flush=True)
 
 

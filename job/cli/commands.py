@@ -21,7 +21,7 @@ from job.cli.options import (
     train_options,
 )
 from job.console import Reporter, current_reporter, show
-from job.domain.disk import require_temporary_folder
+from job.domain.disk import disk_errors, require_temporary_folder
 from job.domain.errors import InvalidData, UsageError
 from job.domain.network import Network
 from job.domain.settings import Settings
@@ -92,7 +92,9 @@ def compare(runs: tuple[str, ...], report: str | None, form: str) -> None:
     """Compare RUNS (folders or gs://...; a parent folder means all runs below it)."""
     from job.report import comparison, finding
 
-    if report and ("://" in report or Path(report).is_file()):
+    with disk_errors("write in", report or "."):
+        is_folder = report is None or not ("://" in report or Path(report).is_file())
+    if not is_folder:
         raise UsageError(f"--report must be a local folder, not {report!r}; example: --report report")
     comparison.require_plots_extra()
     found, skipped = finding.load_runs(runs)
@@ -166,7 +168,7 @@ def verify(source: str) -> None:
 @click.argument("file", type=text)
 @option("--data", "source", type=text, envvar="JOB_DATA", help="'sample', a folder, an archive or gs://...")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides which images."
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Decides which images."
 )
 def grid(file: str, source: str | None, seed: int) -> None:
     """Draw 10 random training images of each class into FILE.png."""

@@ -35,7 +35,15 @@ def read_archive(archive: Path, folder: str, names: Collection[str]) -> Iterator
                         yield path.name, file.read()
                 while stream.read(BLOCK):  # to its end, where the checksum of the whole is
                     pass
-        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        # The last two: headers that hold no numbers, or that stand for each other without end.
+        except (
+            tarfile.TarError,
+            EOFError,
+            zlib.error,
+            gzip.BadGzipFile,
+            ValueError,
+            RecursionError,
+        ) as error:
             raise InvalidData(
                 f"{archive}: must be a whole .tar.gz archive (or .tar), received: {error}"
             ) from error

@@ -103,8 +103,12 @@ def of_run(sha256: str, recorded: str | None) -> str | None:
     """The data of an earlier run, by its digest and what its settings name; None where that is gone."""
     if sha256 == digest_of("sample"):
         return "sample"
-    there = recorded is not None and (recorded.startswith("gs://") or Path(recorded).exists())
-    return recorded if there else None
+    if recorded is None or recorded.startswith("gs://"):
+        return recorded
+    try:
+        return recorded if Path(recorded).exists() else None
+    except OSError:  # another user's
+        return None
 
 
 def require(source: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from job.domain.errors import IdentityConflict, UsageError
+from job.domain.errors import IdentityConflict, ResourceUnavailable, UsageError
 from job.domain.settings import Settings
 from job.engine import rendezvous
 from job.engine.devices import Devices, check_strategy, local_strategy, take_devices
@@ -61,6 +61,23 @@ class Cluster:
         if self.workers == 1:
             return value
         return int(self._sum_over_workers(np.array([value if self.is_chief else 0], np.int64))[0])
+
+    def wait_for_chief(self, *, or_leave: bool) -> None:
+        """Wait until the chief has done its last act; all workers must, and the chief, too.
+
+        ``or_leave``: it is no error here if a worker is lost meanwhile.
+
+        Raises:
+            ResourceUnavailable: the chief has ended without it.
+        """
+        try:
+            done = self.number_from_chief(1)  # in leave_together it is 0
+        except tf.errors.OpError:
+            if or_leave:
+                return
+            raise
+        if not done and not or_leave:
+            raise ResourceUnavailable(f"worker {self.index}: worker 0 has ended; its log says why")
 
     def leave_together(self) -> None:
         """Wait for all workers after the last common act, which ends for some before it does for others.

@@ -7,8 +7,10 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,10 @@ from job.domain.settings import Settings
 from job.engine.devices import Devices
 
 PEERS_SECONDS = 600.0  # a starting worker waits so long: a Job's back-off reaches 6 minutes
-REGISTER_SECONDS = 10.0  # once all answer, TensorFlow connects them within milliseconds, if none was lost
+LOOK_SECONDS = 0.2  # between two looks at all peers
+LINGER_SECONDS = 1.0  # who is ready goes on answering, so that all peers hear it
+LOOKING, FOUND_ALL = b"0", b"1"  # a worker's answers to a call
+REGISTER_SECONDS = 10.0  # once all are ready, TensorFlow connects them within milliseconds, if none was lost
 HEARTBEAT_SECONDS = 15.0  # a host that vanished without a reset is given up after it
 ANNOUNCE_SECONDS = 15.0
 ROLES = ("chief", "worker")  # of TF_CONFIG, in the order of their numbers
@@ -66,8 +71,8 @@ class WorkerGroup:
             index = number if role == "chief" else len(chiefs) + number
             if not all(_is_address(host) for host in hosts):
                 raise ValueError(f"its hosts must be host:port, not {', '.join(hosts)}")
-            if number < 0 or index >= len(hosts):
-                raise ValueError(f"it has {len(hosts)} workers, and this task would be number {index}")
+            if not 0 <= number < len(members.get(role, [])):
+                raise ValueError(f"it has no {role} of number {number}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"TF_CONFIG must name a cluster of workers and this task, but {error!r}; example: "
@@ -195,19 +200,20 @@ def wait_for_all(barrier: str, seconds: float) -> None:
 
 
 def meet(group: WorkerGroup) -> None:
-    """Wait until every peer's address answers.
+    """Wait until every worker has found every other.
 
     TensorFlow's own wait names nobody, knows no limit and holds Python's lock, so that no signal is heard in
-    it (2.21). A peer answers from here on, by this listener first and by TensorFlow's server later.
+    it (2.21), and it ends ``REGISTER_SECONDS`` after the first worker has come. So a worker that has found
+    all of its peers stays until they have found theirs: a name service may remember for half a minute that
+    one of them was not there.
 
     Raises:
-        ResourceUnavailable: a peer did not answer within ``PEERS_SECONDS``, or the port is taken.
+        ResourceUnavailable: a peer did not come within ``PEERS_SECONDS``, or the port is taken.
     """
     deadline, announced = time.monotonic() + PEERS_SECONDS, time.monotonic()
-    _, port = _parse_address(group.hosts[group.index])
-    with _listener(port) as listener:
-        listener.setblocking(False)
-        while missing := ", ".join(unreachable(group)):
+    answers: dict[int, bytes | None] = {}
+    with _answering(_parse_address(group.hosts[group.index])[1]) as found_all:
+        while missing := ", ".join(not_ready(group, answers, found_all)):
             if time.monotonic() > deadline:
                 raise ResourceUnavailable(
                     f"worker {group.index} waited {PEERS_SECONDS:g} s for its peers, but misses {missing}; "
@@ -216,8 +222,59 @@ def meet(group: WorkerGroup) -> None:
             if time.monotonic() - announced > ANNOUNCE_SECONDS:
                 announced = time.monotonic()
                 log.warning("worker %d waits for its peers; missing: %s", group.index, missing)
-            _hang_up(listener)
-            time.sleep(0.5)
+            time.sleep(LOOK_SECONDS)
+        time.sleep(LINGER_SECONDS)
+
+
+def not_ready(group: WorkerGroup, answers: dict[int, bytes | None], found_all: threading.Event) -> list[str]:
+    """Number and address of every peer that does not answer, or still looks for peers of its own.
+
+    ``answers`` keeps what each has said. Who was ready and does not answer is on the way to TensorFlow's
+    server, which says something else, and is ready, too.
+    """
+    peers = {number: host for number, host in enumerate(group.hosts) if number != group.index}
+    for number, host in peers.items():
+        answer = _answer_of(host)
+        if answer is not None or answers.get(number) == LOOKING:
+            answers[number] = answer
+    if all(answers.get(number) is not None for number in peers):
+        found_all.set()
+    waits = {None: "", LOOKING: ", which misses others"}
+    return [
+        f"worker {number} ({host}{waits[answer]})"
+        for number, host in peers.items()
+        if (answer := answers.get(number)) in waits
+    ]
+
+
+def _answer_of(address: str) -> bytes | None:
+    """The first byte that a peer says, or None."""
+    try:
+        with socket.create_connection(_parse_address(address), timeout=2) as call:
+            return call.recv(1) or None
+    except OSError:
+        return None
+
+
+@contextmanager
+def _answering(port: int) -> Iterator[threading.Event]:
+    """Say to everyone who calls whether this worker has found all its peers: the event tells."""
+    found_all = threading.Event()
+
+    def answer() -> None:
+        with suppress(OSError):  # no listener any more
+            while True:
+                with listener.accept()[0] as call, suppress(OSError):
+                    call.sendall(FOUND_ALL if found_all.is_set() else LOOKING)
+
+    with _listener(port) as listener:
+        thread = threading.Thread(target=answer, name="meeting", daemon=True)
+        thread.start()
+        try:
+            yield found_all
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)  # closing alone wakes no thread that waits for a call
+            thread.join()
 
 
 def _listener(port: int) -> socket.socket:
@@ -231,27 +288,3 @@ def _listener(port: int) -> socket.socket:
             f"this worker's port {port} cannot be opened: {error.strerror}; end what uses it, or give "
             "--worker-hosts another"
         ) from error
-
-
-def _hang_up(listener: socket.socket) -> None:
-    """Drop the peers' calls: once the queue of a listener is full, it answers nobody any more."""
-    with suppress(BlockingIOError):
-        while True:
-            listener.accept()[0].close()
-
-
-def unreachable(group: WorkerGroup) -> list[str]:
-    """Number and address of every peer that does not answer."""
-    return [
-        f"worker {number} ({host})"
-        for number, host in enumerate(group.hosts)
-        if number != group.index and not _answers(host)
-    ]
-
-
-def _answers(address: str) -> bool:
-    try:
-        socket.create_connection(_parse_address(address), timeout=2).close()
-    except OSError:
-        return False
-    return True

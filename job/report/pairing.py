@@ -92,9 +92,8 @@ def pairings(runs: Iterable[RunSummary], accuracy: Accuracy = final_accuracy) ->
     Runs that lack this accuracy are left out.
     """
     groups: dict[Any, list[RunSummary]] = defaultdict(list)
-    for run in without_copies(runs):
-        if run.complete and accuracy(run) is not None:
-            groups[run.shape, run.conditions].append(run)
+    for run in without_copies(run for run in runs if run.complete and accuracy(run) is not None):
+        groups[run.shape, run.conditions].append(run)
     return [_pairing(_title(group[0], groups.values()), group, accuracy) for group in groups.values()]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from job import __version__
 from job.domain.errors import (
     Diverged,
     IdentityConflict,
@@ -26,6 +27,7 @@ from job.engine.cluster import Cluster
 from job.engine.lost_peer import cause, lost_peer
 from job.model.keras_file import State
 from job.run.reader import read_commit
+from job.run.versions import source_revision
 from job.store.contract import NotFound, Store
 
 # Errors that are this worker's own, never the sign of a lost peer.
@@ -42,7 +44,7 @@ def agreed_identity(identity: Identity, settings: Settings, cluster: Cluster) ->
     Raises:
         IdentityConflict: some worker was asked for another.
     """
-    mine = {**identity.to_json(), "epochs": settings.epochs, "name": settings.name}
+    mine = {**identity.to_json(), "epochs": settings.epochs, "name": settings.name, "program": program()}
     chiefs: dict[str, Any] = json.loads(cluster.from_chief(json.dumps(mine).encode()))
     if settings.precision == "auto":  # the chief's hardware decides for all
         mine["precision"] = chiefs["precision"]
@@ -57,6 +59,11 @@ def agreed_identity(identity: Identity, settings: Settings, cluster: Cluster) ->
             f"{who} was asked for another run than worker 0 ({how}); give all workers the same options"
         )
     return replace(identity, precision=chiefs["precision"])
+
+
+def program() -> str:
+    """What computes: programs that differ would train nonsense together, or wait for each other for ever."""
+    return f"{__version__}, source {source_revision() or 'unknown'}, TensorFlow {tf.__version__}"
 
 
 @contextmanager

@@ -174,14 +174,14 @@ class Attempt:
         except StorageFailed as error:
             if self._chief and not self._chief.committer.has_committed(self._loop.position):
                 lost = f", what came after could not be saved ({error})"
-        self._wait_for_chief()
+        self._wait_for_chief(or_leave=True)
         kept = what_is_kept(self._chief) + lost
         raise Interrupted(f"a signal asked the job to stop; {kept}, run the same command again to continue")
 
-    def _wait_for_chief(self) -> None:
-        """Wait, on all workers, until the chief has written its last revision, or is lost."""
+    def _wait_for_chief(self, *, or_leave: bool) -> None:
+        """Wait, on all workers, until the chief has written its last revision."""
         with self._stopwatch.spending("waiting"):
-            self._job.cluster.number_from_chief(0)
+            self._job.cluster.wait_for_chief(or_leave=or_leave)
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate on the test set, and with batch statistics taken anew; mark the run complete."""
@@ -195,6 +195,6 @@ class Attempt:
             return replace(record, state="complete", finished=finished)
 
         self._conclude(complete)
-        self._wait_for_chief()
+        self._wait_for_chief(or_leave=self._chief is not None)  # all is stored
         job.reporter.note(f"{self._store.location}: complete, {in_words(result)}")
         return result

@@ -12,6 +12,8 @@ import argparse
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-POD = "fetch"
+POD = f"fetch-{secrets.token_hex(3)}"  # two people may fetch at once
+OURS = "app.kubernetes.io/component=fetch"
+ENDED = "status.phase!=Pending,status.phase!=Running"
+RECORD = re.compile(r"record-\d{10}\.json")
 LABEL = "app.kubernetes.io/part-of"
 ROUNDS = 5  # a running Job writes while we copy
 
@@ -56,8 +61,8 @@ def main() -> int:
     arguments = parser.parse_args(sys.argv[1:here])
     cluster = Cluster(sys.argv[here + 1 :])
     try:
-        start_pod(cluster, arguments.image)
         try:
+            start_pod(cluster, arguments.image)
             return copy(cluster, arguments.folder)
         finally:
             cluster.ask("delete", "pod", POD, "--ignore-not-found", "--wait=false")
@@ -72,7 +77,7 @@ def start_pod(cluster: Cluster, image: str) -> None:
     board = cluster.get("deployment", "tensorboard")
     if board:
         image = board["spec"]["template"]["spec"]["containers"][0]["image"]
-    cluster.ask("delete", "pod", POD, "--ignore-not-found")  # of a fetch that was killed
+    cluster.ask("delete", "pods", "-l", OURS, "--field-selector", ENDED)  # of fetches that were killed
     cluster.ask("create", "-f", "-", given=json.dumps(pod(claim, image)))
     print(f"A pod reads the volume {claim} ...", flush=True)
     cluster.ask("wait", "--for=condition=Ready", f"pod/{POD}", "--timeout=5m")
@@ -138,7 +143,7 @@ def pod(claim: str, image: str) -> dict[str, Any]:
         "containers": [container],
         "volumes": [{"name": "volume", "persistentVolumeClaim": {"claimName": claim}}],
     }
-    labels = {**part_of, "app.kubernetes.io/name": POD, "app.kubernetes.io/component": "fetch"}
+    labels = {**part_of, "app.kubernetes.io/name": "fetch", "app.kubernetes.io/component": "fetch"}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": POD, "labels": labels}, "spec": spec}
 
 
@@ -149,6 +154,7 @@ def copy(cluster: Cluster, folder: Path) -> int:
         there = checksums(cluster)
         wanted = [name for name, digest in there.items() if digest_of(folder / name) != digest]
         if not wanted:
+            set_aside(there, folder)
             runs = {Path(name).parts[0] for name in there}
             print(f"{folder}: {len(there)} files of {len(runs)} runs, all SHA-256 as in the cluster")
             return 0
@@ -158,12 +164,26 @@ def copy(cluster: Cluster, folder: Path) -> int:
     return 1
 
 
+def set_aside(there: dict[str, str], folder: Path) -> None:
+    """Rename records of a run that is no more, where another of its name has taken its place with fewer."""
+    newest: dict[str, str] = {}
+    for name in there:
+        run, _, file = name.rpartition("/")
+        if RECORD.fullmatch(file):
+            newest[run] = max(file, newest.get(run, ""))
+    for run, last in newest.items():
+        for path in (folder / run).iterdir():
+            if RECORD.fullmatch(path.name) and path.name > last:
+                path.rename(path.with_name(path.name + ".of-an-earlier-run"))
+                print(f"{path}: of an earlier run of this name, renamed")
+
+
 def checksums(cluster: Cluster) -> dict[str, str]:
     """Name -> SHA-256 of every file of the volume; one that vanishes meanwhile is left out."""
     script = "cd /runs && find . -type f -exec sha256sum --zero {} + 2>/dev/null; cd /runs"
     command = cluster.in_pod("sh", "-c", script)
     listing = subprocess.run(command, check=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL).stdout
-    entries = (entry.decode().split("  ", 1) for entry in listing.split(b"\0") if entry)
+    entries = (os.fsdecode(entry).split("  ", 1) for entry in listing.split(b"\0") if entry)
     return {name[2:]: digest for digest, name in entries if ".." not in name.split("/")}
 
 
@@ -175,7 +195,7 @@ def extract(cluster: Cluster, names: list[str], folder: Path) -> None:
     command = cluster.in_pod("sh", "-c", script)
     wanted = set(names)
     with tempfile.TemporaryFile() as listing:
-        listing.write("\0".join(names).encode())
+        listing.write(os.fsencode("\0".join(names)))
         listing.seek(0)
         with (
             subprocess.Popen(command, stdin=listing, stdout=subprocess.PIPE) as process,
@@ -190,13 +210,18 @@ def extract(cluster: Cluster, names: list[str], folder: Path) -> None:
 
 
 def save(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-    """Write one file with its time; not by `extractall`, which is only safe from Python 3.11.4 on."""
+    """Write one file with its time, whole or not at all.
+
+    Not by `extractall`, which is only safe from Python 3.11.4 on.
+    """
     content = archive.extractfile(member)
     assert content is not None
     path.parent.mkdir(parents=True, exist_ok=True)
-    with content, path.open("wb") as file:
+    part = path.with_name(path.name + ".part")
+    with content, part.open("wb") as file:
         shutil.copyfileobj(content, file)
-    os.utime(path, (member.mtime, member.mtime))
+    os.utime(part, (member.mtime, member.mtime))
+    part.replace(path)
 
 
 def digest_of(path: Path) -> str | None:

@@ -66,6 +66,7 @@ def _why(pod: dict[str, Any], status: dict[str, Any], events: list[dict[str, Any
             message = str(condition.get("message", ""))
             waits = data_runs and "anti-affinity" in message
             return f"waits for the Job data to end ({message})" if waits else message
+    disruption = _disruption(status)
     containers = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
     for container in containers:
         waiting = container.get("state", {}).get("waiting", {})
@@ -73,20 +74,31 @@ def _why(pod: dict[str, Any], status: dict[str, Any], events: list[dict[str, Any
             return f"{container['name']}: {waiting['reason']}: {waiting.get('message', '')}"
         ended = container.get("state", {}).get("terminated", {})
         if ended.get("exitCode"):
-            return f"{container['name']}: {_ending(ended)}"
-    if message := status.get("message"):  # evicted
+            ending = f"{container['name']}: {_ending(ended, disrupted=bool(disruption))}"
+            return f"{disruption}; {ending}" if disruption else ending
+    if disruption:
+        return disruption
+    if _in_init(status):
+        return "fetches or verifies the data"
+    return _last_event(pod, events, warnings=True) if status.get("phase") == "Pending" else ""
+
+
+def _disruption(status: dict[str, Any]) -> str:
+    """Why the cluster ended a pod, as by an eviction or a preemption: its own message, or its condition's."""
+    if message := status.get("message"):
         return f"{status.get('reason', '')}: {message}"
-    if status.get("phase") == "Pending":
-        return _last_event(pod, events, warnings=True)
-    return "fetches or verifies the data" if _in_init(status) else ""
+    for condition in status.get("conditions", []):
+        if condition["type"] == "DisruptionTarget" and condition["status"] == "True":
+            return f"{condition.get('reason', '')}: {condition.get('message', '')}"
+    return ""
 
 
-def _ending(ended: dict[str, Any]) -> str:
+def _ending(ended: dict[str, Any], *, disrupted: bool) -> str:
     code = ended["exitCode"]
     words = [f"exit code {code}"]
     if ended.get("reason") not in (None, "Error"):
         words.append(str(ended["reason"]))
-    elif code in MEANINGS:
+    elif code in MEANINGS and not disrupted:  # who ended it says why
         words.append(MEANINGS[code])
     if lines := str(ended.get("message", "")).strip().splitlines():
         words.append(_plain(lines[-1]))
@@ -114,7 +126,7 @@ def _last_event(about: dict[str, Any], events: list[dict[str, Any]], *, warnings
         if each["involvedObject"].get("uid") == uid and (each.get("type") == "Warning" or not warnings)
     ]
     found.sort(key=lambda each: str(each.get("lastTimestamp") or each.get("eventTime") or ""))
-    return f"{found[-1]['reason']}: {found[-1]['message']}" if found else ""
+    return f"{found[-1].get('reason', '')}: {found[-1].get('message', '')}" if found else ""
 
 
 def _row(kind: str, about: dict[str, Any], state: str, why: str) -> Row:
@@ -166,4 +178,7 @@ def table(found: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(rows(json.load(sys.stdin)["items"])))
+    answer = sys.stdin.read()
+    if not answer:
+        sys.exit(1)  # kubectl has failed, and said why
+    print(table(rows(json.loads(answer)["items"])))

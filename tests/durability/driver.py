@@ -88,7 +88,7 @@ def install(spec: dict[str, Any]) -> None:
     around = functools.partial(_around, stop)
     wrap(attempt, "train", functools.partial(_reading, stop))
     wrap(rendezvous, "meet", around("meet", "met"))
-    wrap(rendezvous, "unreachable", around("look", "looked"))
+    wrap(rendezvous, "not_ready", around("look", "looked"))
     wrap(chief, "claim", around("claim", "claimed"))
     wrap(Trainer, "train_steps", around("call", "called"))
     wrap(Trainer, "predict", around("predict", "predicted"))

@@ -37,7 +37,7 @@ def volume(tmp_path: Path) -> Path:
 def fetch(tmp_path: Path, volume: Path) -> Fetch:
     """Run the target; ``state`` is what the cluster holds, ``before_tar`` a shell command."""
 
-    def run(state: dict[str, Any], *, before_tar: str = "", after_tar: str = "") -> Any:
+    def run(state: dict[str, Any], *, before_tar: str = "", after_tar: str = "", ready: str = "") -> Any:
         for name, found in state.items():
             (tmp_path / name).write_text(json.dumps(found))
         kubectl = tmp_path / "kubectl"
@@ -49,6 +49,7 @@ case "$*" in
     "get deployment"*) cat {tmp_path}/deployment 2>/dev/null || true ;;
     "get persistentvolumeclaims"*) cat {tmp_path}/claims 2>/dev/null || true ;;
     create*) cat > {tmp_path}/pod ;;
+    wait*) {ready or ":"} ;;
     exec*)
         for script; do :; done
         script="$(printf '%s' "$script" | sed 's#/runs#{volume}#g')"
@@ -105,7 +106,41 @@ def test_the_pod_reads_the_volume_where_it_is_and_goes(fetch: Fetch, tmp_path: P
     neighbours = pod["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     assert neighbours == training["requiredDuringSchedulingIgnoredDuringExecution"]
     last = (tmp_path / "calls").read_text().splitlines()[-1]
-    assert "delete pod fetch" in last
+    assert f"delete pod {pod['metadata']['name']} " in last
+
+
+def test_two_people_fetch_at_once_and_a_pod_that_never_runs_goes(fetch: Fetch, tmp_path: Path) -> None:
+    names = set()
+    for _ in range(2):
+        fetch({"deployment": DEPLOYMENT})
+        names.add(json.loads((tmp_path / "pod").read_text())["metadata"]["name"])
+    assert len(names) == 2
+    finished = fetch({"deployment": DEPLOYMENT}, ready="exit 1")
+    assert finished.returncode != 0
+    name = json.loads((tmp_path / "pod").read_text())["metadata"]["name"]
+    assert f"delete pod {name} " in (tmp_path / "calls").read_text().splitlines()[-1]
+
+
+def test_a_run_that_was_begun_anew_replaces_the_earlier_one(
+    fetch: Fetch, tmp_path: Path, volume: Path
+) -> None:
+    """Its records are fewer; the earlier run's would be the newest here."""
+    (volume / "resnet20/record-0000000050.json").write_text("the earlier")
+    fetch({"deployment": DEPLOYMENT})
+    (volume / "resnet20/record-0000000050.json").rename(volume / "resnet20/record-0000000012.json")
+    finished = fetch({"deployment": DEPLOYMENT})
+    assert finished.returncode == 0, finished.stderr
+    here = tmp_path / "here/resnet20"
+    assert [path.name for path in here.glob("record-*.json")] == ["record-0000000012.json"]
+    assert (here / "record-0000000050.json.of-an-earlier-run").read_text() == "the earlier"
+
+
+def test_names_that_are_no_text_arrive_too(fetch: Fetch, tmp_path: Path, volume: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9 \n.txt")
+    (volume / odd).write_text("here")
+    finished = fetch({"deployment": DEPLOYMENT})
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "here" / odd).read_text() == "here"
 
 
 def test_the_pod_meets_the_restricted_standard(fetch: Fetch, tmp_path: Path) -> None:

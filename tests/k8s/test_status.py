@@ -133,6 +133,45 @@ def test_an_evicted_pod_says_what_was_full() -> None:
     assert f"Evicted: {message}" in text_of(pod(phase="Failed", reason="Evicted", message=message))
 
 
+def test_an_eviction_is_not_hidden_by_the_container_that_it_ended() -> None:
+    """Kubelets keep the container's end, and some write the message into a condition alone."""
+    message = 'Usage of EmptyDir volume "spool" exceeds the limit "4Gi".'
+    dead = [ended(137)]
+    text = text_of(pod(phase="Failed", reason="Evicted", message=message, containerStatuses=dead))
+    assert f"Evicted: {message}; train: exit code 137" in text
+    assert "out of memory" not in text
+    condition = {
+        "type": "DisruptionTarget",
+        "status": "True",
+        "reason": "PreemptionByScheduler",
+        "message": "m",
+    }
+    text = text_of(pod(phase="Failed", conditions=[condition], containerStatuses=[ended(75)]))
+    assert "PreemptionByScheduler: m; train: exit code 75" in text
+
+
+def test_a_pod_that_fetches_says_so_whatever_kept_it_waiting_before() -> None:
+    running = {"name": "data", "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}
+    fetching = pod(initContainerStatuses=[running], containerStatuses=[waiting("PodInitializing", "")])
+    text = text_of(fetching, event(fetching, "FailedScheduling", "an older one"))
+    assert "fetches or verifies the data" in text
+    assert "older" not in text
+
+
+def test_an_event_without_a_message_is_no_obstacle() -> None:
+    stuck = pod(containerStatuses=[waiting("ContainerCreating", "")])
+    told = event(stuck, "FailedMount", "")
+    del told["message"]
+    assert "FailedMount:" in text_of(stuck, told)
+
+
+def test_where_kubectl_has_failed_nothing_is_added_to_its_words() -> None:
+    finished = subprocess.run(
+        [sys.executable, str(PROGRAM)], input="", capture_output=True, text=True, check=False
+    )
+    assert (finished.returncode, finished.stdout, finished.stderr) == (1, "", "")
+
+
 def test_a_job_counts_and_says_how_it_ended() -> None:
     job: Object = {"kind": "Job", "metadata": {"name": "resnet"}, "spec": {"completions": 3}, "status": {}}
     assert "job resnet 0 of 3 done" in text_of(job)

@@ -993,6 +993,14 @@ def test_statistics_taken_anew_have_a_column_and_differences_of_their_own(tmp_pa
         assert "with batch statistics taken anew over training images." in text
 
 
+def test_a_repetition_stands_in_for_a_run_without_such_results(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "resnet")  # of an older program
+    write_run(tmp_path / "b", "resnet", computed=anew(0.75))
+    write_run(tmp_path / "c", "plainnet", computed=anew(0.5))
+    runs, _ = load_runs([str(tmp_path)])
+    assert pairings(runs, recalibrated_accuracy)[0].differences == (25,)
+
+
 def test_with_a_hold_out_the_test_set_decides_with_statistics_taken_anew_too(tmp_path: Path) -> None:
     options: dict[str, Any] = {"holdout": 5000, "test_accuracy": 0.5}
     write_run(tmp_path / "a", "resnet", computed=anew(0.875, 0.75), **options)

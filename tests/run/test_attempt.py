@@ -650,13 +650,14 @@ def test_a_run_stays_in_the_precision_that_it_began_in(monkeypatch: Any, capsys:
 def worker(index: int, chiefs: Settings) -> Any:
     """A worker whose chief was started with these settings."""
     identity = chiefs.identity(precision="float32", data_sha256="5" * 64)
-    data = json.dumps({**identity.to_json(), "epochs": chiefs.epochs, "name": chiefs.name}).encode()
+    asked = {"epochs": chiefs.epochs, "name": chiefs.name, "program": agreement.program()}
+    data = json.dumps({**identity.to_json(), **asked}).encode()
     calls = {"from_chief": lambda mine: data, "any_worker": bool, "leave_together": lambda: None}
     strategy = tf.distribute.get_strategy()
     return SimpleNamespace(index=index, workers=2, is_chief=False, strategy=strategy, **calls)
 
 
-def test_workers_take_the_chiefs_precision_and_nothing_else() -> None:
+def test_workers_take_the_chiefs_precision_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = SETTINGS.identity(precision="bfloat16", data_sha256="5" * 64)
     agreed = agreement.agreed_identity(mine, SETTINGS, worker(1, SETTINGS))
     assert agreed == replace(mine, precision="float32")
@@ -668,6 +669,11 @@ def test_workers_take_the_chiefs_precision_and_nothing_else() -> None:
     ):
         with pytest.raises(IdentityConflict, match=f"worker 1 was asked for another run .*{message}"):
             agreement.agreed_identity(mine, SETTINGS, worker(1, other))
+    older = worker(1, SETTINGS)
+    monkeypatch.setattr(agreement, "__version__", "99.0")
+    with pytest.raises(IdentityConflict, match=r"program: '99\.0, source .*, TensorFlow .*', not '"):
+        agreement.agreed_identity(mine, SETTINGS, older)
+    monkeypatch.undo()
     with pytest.raises(IdentityConflict, match="precision: 'bfloat16', not 'float32'"):
         agreement.agreed_identity(mine, replace(SETTINGS, precision="bfloat16"), worker(1, SETTINGS))
 

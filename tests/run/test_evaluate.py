@@ -54,3 +54,9 @@ def test_data_of_an_earlier_run(tmp_path: Path) -> None:
     assert sources.of_run(official, None) is sources.of_run(official, "gone") is None
     assert sources.of_run(official, str(tmp_path)) == str(tmp_path)
     assert sources.of_run(official, "gs://bucket/data") == "gs://bucket/data"
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert sources.of_run(official, "/home/somebody/data") is None

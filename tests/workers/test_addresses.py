@@ -86,8 +86,15 @@ def test_an_empty_tf_config_names_nobody(monkeypatch: pytest.MonkeyPatch) -> Non
         ("not JSON", "Expecting value"),
         ('{"cluster": {"worker": ["a", "b"]}, "task": {"type": "worker", "index": 0}}', "not a, b"),
         ('{"cluster": {"worker": [1, 2]}, "task": {"type": "worker", "index": 0}}', "strip"),
-        ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}', "number 2"),
+        (
+            '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}',
+            "no worker of number 2",
+        ),
         ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": -1}}', "number -1"),
+        (
+            '{"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": {"type": "chief", "index": 1}}',
+            "no chief of",
+        ),
     ],
 )
 def test_a_tf_config_that_is_none_is_refused(
@@ -134,22 +141,72 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 def test_a_worker_answers_on_ipv4_and_on_ipv6() -> None:
     (port,) = free_ports(1)
-    with rendezvous._listener(port):
-        assert rendezvous._answers(f"127.0.0.1:{port}")
-        assert rendezvous._answers(f"localhost:{port}")
-        assert rendezvous._answers(f"[::1]:{port}") == has_ipv6()
-    assert not rendezvous._answers(f"127.0.0.1:{port}")
+    with rendezvous._answering(port) as found_all:
+        for answer in (rendezvous.LOOKING, rendezvous.FOUND_ALL):
+            assert rendezvous._answer_of(f"127.0.0.1:{port}") == answer
+            assert rendezvous._answer_of(f"localhost:{port}") == answer
+            assert rendezvous._answer_of(f"[::1]:{port}") == (answer if has_ipv6() else None)
+            found_all.set()
+    assert rendezvous._answer_of(f"127.0.0.1:{port}") is None
+    with socket.create_server(("", port)):  # TensorFlow's will
+        pass
 
 
 def test_a_worker_answers_its_peers_however_long_it_waits() -> None:
-    """Each peer asks twice a second; a queue of calls that nobody takes would be full after a minute."""
+    """Each peer asks some times a second; a queue of calls that nobody takes would be full after a minute."""
     mine, late = (f"127.0.0.1:{port}" for port in free_ports(2))
     meeting = threading.Thread(target=rendezvous.meet, args=[WorkerGroup((mine, late), 0)], daemon=True)
     meeting.start()
     for _ in range(4):
         time.sleep(0.7)
-        assert all(rendezvous._answers(mine) for _ in range(50))
+        assert {rendezvous._answer_of(mine) for _ in range(50)} == {rendezvous.LOOKING}
     assert meeting.is_alive()
-    with socket.create_server(("127.0.0.1", int(late.rpartition(":")[2]))):
-        meeting.join(timeout=5)
+    with rendezvous._answering(int(late.rpartition(":")[2])) as found_all:
+        found_all.set()
+        meeting.join(timeout=30)
     assert not meeting.is_alive()
+
+
+def test_nobody_leaves_a_meeting_before_all_have_found_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One finds the other at once, which does not find it yet: its name service says that it is not there."""
+    hosts = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
+    inner, known = rendezvous._answer_of, threading.Event()
+
+    def answer_of(address: str) -> bytes | None:
+        is_blind = threading.current_thread().name == "worker 0" and address == hosts[2]
+        return None if is_blind and not known.is_set() else inner(address)
+
+    monkeypatch.setattr(rendezvous, "_answer_of", answer_of)
+    workers = [
+        threading.Thread(target=rendezvous.meet, args=[WorkerGroup(hosts, index)], name=f"worker {index}")
+        for index in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    time.sleep(3 * rendezvous.LINGER_SECONDS)
+    assert all(worker.is_alive() for worker in workers)
+    known.set()
+    for worker in workers:
+        worker.join(timeout=30)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_who_was_ready_and_changes_to_tensorflows_server_is_not_missed() -> None:
+    hosts = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
+    group, answers, found_all = WorkerGroup(hosts, 0), {}, threading.Event()
+    port = int(hosts[1].rpartition(":")[2])
+    assert rendezvous.not_ready(group, answers, found_all) == [f"worker 1 ({hosts[1]})"]
+    assert not found_all.is_set()
+    with rendezvous._answering(port) as theirs:
+        assert rendezvous.not_ready(group, answers, found_all) == [
+            f"worker 1 ({hosts[1]}, which misses others)"
+        ]
+        assert found_all.is_set()
+        theirs.set()
+        assert rendezvous.not_ready(group, answers, found_all) == []
+    assert rendezvous.not_ready(group, answers, found_all) == []
+    with rendezvous._answering(port):  # it has died, and begins anew
+        assert rendezvous.not_ready(group, answers, found_all) == [
+            f"worker 1 ({hosts[1]}, which misses others)"
+        ]
+    assert rendezvous.not_ready(group, answers, found_all) == [f"worker 1 ({hosts[1]})"]

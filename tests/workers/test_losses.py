@@ -36,7 +36,7 @@ class Death:
 # last commit. The chief's run and the worker's go side by side, because some losses are only noticed by the
 # heartbeat that does not come.
 DEATHS_OF_CHIEF = {
-    "meeting": Death(("looked", 1), other_at=("met", 1)),
+    "meeting": Death(("met", 1), other_at=("met", 1)),
     "before the first step": Death(("call", 1)),
     "half-written checkpoint": Death(("half written", 1)),
     "before the revision": Death(("append", 2)),  # the first one is the claim
@@ -44,7 +44,7 @@ DEATHS_OF_CHIEF = {
     "evaluation": Death(("predicted", 1)),
 }
 DEATHS_OF_WORKER = {
-    "meeting": Death(("looked", 1), other_at=("met", 1)),
+    "meeting": Death(("met", 1), other_at=("met", 1)),
     "before the first step": Death(("call", 1)),
     "the chief's commit": Death(other_at=("append", 2)),
     "evaluation": Death(("predict", 1)),
