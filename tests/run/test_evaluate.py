@@ -48,7 +48,7 @@ def test_the_data_that_the_environment_names_is_compared_too(monkeypatch: Any) -
     assert evaluate._data_of("runs/run", identity, "gone", None) is None
 
 
-def test_data_of_an_earlier_run(tmp_path: Path) -> None:
+def test_data_of_an_earlier_run(tmp_path: Path, monkeypatch: Any) -> None:
     sample, official = sources.digest_of("sample"), sources.digest_of("data")
     assert sources.of_run(sample, None) == sources.of_run(sample, "somewhere") == "sample"
     assert sources.of_run(official, None) is sources.of_run(official, "gone") is None
