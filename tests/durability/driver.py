@@ -180,7 +180,7 @@ def _points_of(name: str, data: bytes) -> tuple[str, str]:
     if not name.startswith("record-"):
         kind = "segment" if "tfevents" in name else "config"
         return kind, f"{kind} created"
-    last = "last " if json.loads(data)["state"] == "complete" else ""
+    last = {"complete": "last ", "interrupted": "closing "}.get(json.loads(data)["state"], "")
     return f"{last}append", f"{last}appended"
 
 

@@ -193,7 +193,8 @@ def test_nobody_leaves_a_meeting_before_all_have_found_all(monkeypatch: pytest.M
 
 def test_who_was_ready_and_changes_to_tensorflows_server_is_not_missed() -> None:
     hosts = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
-    group, answers, found_all = WorkerGroup(hosts, 0), {}, threading.Event()
+    group, found_all = WorkerGroup(hosts, 0), threading.Event()
+    answers: dict[int, bytes | None] = {}
     port = int(hosts[1].rpartition(":")[2])
     assert rendezvous.not_ready(group, answers, found_all) == [f"worker 1 ({hosts[1]})"]
     assert not found_all.is_set()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from job.domain.errors import IdentityConflict
+from job.domain.errors import IdentityConflict, Interrupted
 from job.run.reader import read_record
 from job.store.contract import NotFound
 from tests.durability.jobs import Job
@@ -137,6 +137,33 @@ class Life:
         assert while_they_met in text or named in text, text
         assert self.seconds is not None
         assert self.seconds < LOST_SECONDS, self.name
+
+
+def test_who_dies_in_the_last_moment_does_not_fail_a_run_that_is_complete(place: Place) -> None:
+    group = place.start(2, stop={CHIEF: {"point": "last append"}})
+    group.jobs[CHIEF].wait_until_stopped()
+    group.jobs[WORKER].kill()
+    group.jobs[CHIEF].send(signal.SIGCONT)
+    assert group.jobs[CHIEF].wait() == 0, group.text
+    assert read_record(place.store).state == "complete"
+
+
+def test_who_leaves_before_the_last_commit_is_stored_does_not_turn_a_stop_into_a_loss(place: Place) -> None:
+    """A worker is signalled, all agree to stop, and its grace is over while the chief still writes."""
+    group = place.start(
+        2,
+        "--grace-seconds",
+        "3",
+        stop={CHIEF: {"point": "closing append"}, WORKER: {"point": "called", "count": 4}},
+    )
+    group.interrupt(WORKER)
+    group.jobs[CHIEF].wait_until_stopped()
+    assert group.jobs[WORKER].wait() == Interrupted.exit_code, group.text
+    group.jobs[CHIEF].send(signal.SIGCONT)
+    assert group.jobs[CHIEF].wait() == Interrupted.exit_code, group.text
+    record = read_record(place.store)
+    assert record.state == "interrupted"
+    assert f"step {record.commits[0].progress.step} is committed" in group.jobs[CHIEF].text
 
 
 def test_workers_that_were_asked_for_different_runs_train_nothing(place: Place) -> None:
