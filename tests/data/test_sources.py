@@ -203,12 +203,9 @@ def test_unsafe_archives_are_refused(folder: Path, extra: tarfile.TarInfo, rule:
     assert sorted(folder.parents[1].rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "headers", [{"GNU.sparse.size": "x"}, {"hdrcharset": "BINARY", "size": "x"}], ids=["sparse", "size"]
-)
-def test_an_archive_whose_headers_hold_no_numbers_is_damaged(folder: Path, headers: dict[str, str]) -> None:
+def test_an_archive_whose_headers_hold_no_numbers_is_damaged(folder: Path) -> None:
     extra = member(f"{records.FOLDER}/train.bin", size=3)
-    extra.pax_headers = headers
+    extra.pax_headers = {"GNU.sparse.size": "x"}
     with pytest.raises(InvalidData, match=r"must be a whole \.tar\.gz archive"):
         sources.load(str(pack(folder, extra)), files=records.SAMPLE)
 
