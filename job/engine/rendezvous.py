@@ -239,12 +239,13 @@ def not_ready(group: WorkerGroup, answers: dict[int, bytes | None], found_all: t
             answers[number] = answer
     if all(answers.get(number) is not None for number in peers):
         found_all.set()
-    waits = {None: "", LOOKING: ", which misses others"}
-    return [
-        f"worker {number} ({host}{waits[answer]})"
+    silent = [f"worker {number} ({host})" for number, host in peers.items() if answers.get(number) is None]
+    looking = [
+        f"worker {number} ({host}), which misses others"
         for number, host in peers.items()
-        if (answer := answers.get(number)) in waits
+        if answers.get(number) == LOOKING
     ]
+    return silent or looking  # those that look miss the silent ones, too
 
 
 def _answer_of(address: str) -> bytes | None:

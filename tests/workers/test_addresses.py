@@ -200,7 +200,7 @@ def test_who_was_ready_and_changes_to_tensorflows_server_is_not_missed() -> None
     assert not found_all.is_set()
     with rendezvous._answering(port) as theirs:
         assert rendezvous.not_ready(group, answers, found_all) == [
-            f"worker 1 ({hosts[1]}, which misses others)"
+            f"worker 1 ({hosts[1]}), which misses others"
         ]
         assert found_all.is_set()
         theirs.set()
@@ -208,6 +208,6 @@ def test_who_was_ready_and_changes_to_tensorflows_server_is_not_missed() -> None
     assert rendezvous.not_ready(group, answers, found_all) == []
     with rendezvous._answering(port):  # it has died, and begins anew
         assert rendezvous.not_ready(group, answers, found_all) == [
-            f"worker 1 ({hosts[1]}, which misses others)"
+            f"worker 1 ({hosts[1]}), which misses others"
         ]
     assert rendezvous.not_ready(group, answers, found_all) == [f"worker 1 ({hosts[1]})"]
