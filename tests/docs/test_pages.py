@@ -60,6 +60,7 @@ def test_every_option_that_is_named_exists(name: str) -> None:
     parameters = [item for path in COMMANDS for item in command_of(path).params]
     known = {text for item in parameters for text in [*item.opts, *item.secondary_opts]}
     others = {"--help", "--only", "--part", "--workload", "--turns", "--seconds", "--markdown"}
+    others |= {"--signal", "--every"}  # of `make bench`, as those before
     others |= {"--security-opt", "--user"}  # Docker's
     named = {code.split()[0].split("=")[0] for code in re.findall(r"`(--[^`]+)`", PAGES[name])}
     assert named <= known | others
