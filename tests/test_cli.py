@@ -721,7 +721,9 @@ def test_compare_reads_a_bucket(run: Run, tmp_path: Path, gcs_bucket: str) -> No
         ("gs://bucket/report", 2, "must be a local folder"),
         ("a-file", 2, "must be a local folder"),
         ("a-file/below", 66, "a-file/below"),
+        (300 * "a", 66, "File name too long"),
     ],
+    ids=["bucket", "file", "below a file", "too long a name"],
 )
 def test_a_report_that_cannot_be_written_says_why(
     run: Run, tmp_path: Path, report: str, code: int, message: str

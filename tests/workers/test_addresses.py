@@ -178,7 +178,9 @@ def test_nobody_leaves_a_meeting_before_all_have_found_all(monkeypatch: pytest.M
 
     monkeypatch.setattr(rendezvous, "_answer_of", answer_of)
     workers = [
-        threading.Thread(target=rendezvous.meet, args=[WorkerGroup(hosts, index)], name=f"worker {index}")
+        threading.Thread(
+            target=rendezvous.meet, args=[WorkerGroup(hosts, index)], name=f"worker {index}", daemon=True
+        )
         for index in range(3)
     ]
     for worker in workers:
